@@ -1,0 +1,3 @@
+"""Reasoning video object segmentation, trained by reinforcement learning, in JAX."""
+
+__version__ = "0.1.0"

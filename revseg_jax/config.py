@@ -1,0 +1,209 @@
+"""The typed configuration tree: YAML files and `key=value` overrides become frozen dataclasses.
+
+OmegaConf does the merging and type checks; `load_config` turns its errors into one-line `InputError`s and
+adds the checks that involve more than one field. Every default here is the paper's value where it states one
+(arXiv 2512.02835); fields marked "not stated in the paper" are this project's documented choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from revseg_jax.errors import InputError
+
+TURN1_PROMPT = (
+    'The video lasts {seconds:.1f} seconds and is shown as {frames} frames at fps={fps:g}. Question: "{query}"\n'
+    "Think first: find the object that answers the question, using when things happen and what they look like in "
+    "detail, and compare it with the other candidates. Then choose the keyframe in which it is easiest to segment: "
+    "visible, unoccluded, large, distinct, sharp and centred. Describe the object's static appearance in that frame.\n"
+    "Write your reasoning inside <think></think> and the answer inside <answer></answer>. The answer is a JSON list "
+    'with one object: [{{"frame_idx": <0-based index of the keyframe>, "object description": "<appearance>"}}]'
+)
+TURN2_PROMPT = (
+    "Here is the extracted keyframe. Detect '{description}' and answer with its box coordinates in JSON inside "
+    '<answer></answer>: [{{"bbox_2d": [x1, y1, x2, y2], "label": "<object>"}}]'
+)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """What the two turns look like to the policy. Saved beside an exported checkpoint as `chain.yaml`."""
+
+    frames: int = 16  # frames shown in turn 1, sampled uniformly over the clip
+    frame_size: int = 448  # side of a turn-1 frame after the square resize, pixels
+    keyframe_size: int = 840  # side of the turn-2 keyframe after the square resize, pixels
+    fps: float = 2.0  # stated in the turn-1 prompt and used for the video's temporal rotary positions
+    system_prompt: str = "You are a helpful assistant."
+    turn1_prompt: str = TURN1_PROMPT  # fields: query, frames, seconds, fps
+    turn2_prompt: str = TURN2_PROMPT  # fields: description
+    query_tokens: int = 256  # slots for everything of the turn-1 prompt that is text
+    turn1_tokens: int = 512  # limit of the first answer (not stated in the paper)
+    turn2_prompt_tokens: int = 160  # slots for everything of the turn-2 prompt that is text
+    turn2_tokens: int = 128  # limit of the second answer (not stated in the paper)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    path: str = "embedded"  # folder in Hugging Face layout, or "embedded" for the tiny policy shipped here
+    dtype: str = "float32"  # of activations: float32 | bfloat16
+    param_dtype: str = "float32"  # of the trained parameters and the optimiser state
+    remat: bool = False  # recompute each decoder layer in the backward pass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[str] = field(default_factory=list)  # folders written by `revseg prepare` (array_record)
+    test: list[str] = field(default_factory=list)
+    train_split: str = "train"
+    test_split: str = "test"
+    test_clips: int = 0  # how many test examples to evaluate; 0 means all
+    workers: int = 0  # Grain worker processes; 0 reads in the main process
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    endpoints: list[str] = field(default_factory=list)  # "host:port" of running sidecars; empty starts one here
+    checkpoint: str = "embedded"
+    config: str = "embedded"
+    deadline_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts_per_step: int = 128
+    group_size: int = 8  # rollouts per prompt
+    prompts_per_batch: int = 0  # prompts sampled together on the devices; 0 means all of a step
+    temperature: float = 1.0  # not stated in the paper
+    top_p: float = 1.0
+    top_k: int = 0  # 0 means off
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    preset: str = "paper_curves"  # paper_text | paper_curves | custom
+    format: float = 0.0  # the weights below are read when preset is "custom"
+    temporal: float = 0.0
+    spatial: float = 0.0
+    mask: float = 0.0  # 0 in the paper; needs the sidecar when above 0. Added to any preset.
+    temporal_kind: str = "soft"  # none | binary | soft
+    spatial_kind: str = "threshold"  # threshold (IoU > 0.5) | iou
+    mask_kind: str = "j"  # j | jf
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    algorithm: str = "grpo"
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    clip_low: float = 0.2  # the ratio is 1 on-policy, so the clip only matters with several epochs
+    clip_high: float = 0.2
+    kl_coefficient: float = 1e-3  # KL to the frozen reference, in the loss (k3 estimator)
+    prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a step at once
+    logprob_chunk: int = 512  # token positions whose vocabulary logits exist at a time
+    freeze_vision: bool = False  # not stated in the paper
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1
+    fsdp: int = -1  # -1 takes all the devices that are left
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = MISSING
+    seed: int = 0
+    steps: int = 525
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    traces_every: int = 10  # steps between saved chains
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    chain: ChainConfig = field(default_factory=ChainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file (None: the defaults) and applies `key=value` overrides.
+
+    Raises InputError in one line: a missing or unreadable file, an unknown key, a value of the wrong type, or a
+    combination of fields that cannot work.
+    """
+    try:
+        tree = OmegaConf.structured(Config)
+        if path is not None:
+            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+        for override in overrides:
+            if "=" not in override:
+                raise InputError(f"{override!r} is not an option of the form key=value")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(tree)
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist") from None
+    except OmegaConfBaseException as error:
+        where = f"{path}: " if path is not None else ""
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise InputError(f"{where}{key}{str(error).splitlines()[0]}") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"config file {path}: {str(error).splitlines()[0]}") from None
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises InputError for values that cannot work, alone or together."""
+    choices = {
+        ("rewards.preset", config.rewards.preset): ("paper_text", "paper_curves", "custom"),
+        ("rewards.temporal_kind", config.rewards.temporal_kind): ("none", "binary", "soft"),
+        ("rewards.spatial_kind", config.rewards.spatial_kind): ("threshold", "iou"),
+        ("rewards.mask_kind", config.rewards.mask_kind): ("j", "jf"),
+        ("learner.algorithm", config.learner.algorithm): ("grpo",),
+        ("policy.dtype", config.policy.dtype): ("float32", "bfloat16"),
+        ("policy.param_dtype", config.policy.param_dtype): ("float32", "bfloat16"),
+    }
+    for (key, value), allowed in choices.items():
+        if value not in allowed:
+            raise InputError(f"{key}={value} is not one of {', '.join(allowed)}")
+    positive = {
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.group_size": config.rollout.group_size,
+        "chain.frames": config.chain.frames,
+        "chain.turn1_tokens": config.chain.turn1_tokens,
+        "chain.turn2_tokens": config.chain.turn2_tokens,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise InputError(f"{key}={value} must be at least 1")
+    for key, part in (
+        ("rollout.prompts_per_batch", config.rollout.prompts_per_batch),
+        ("learner.prompts_per_microbatch", config.learner.prompts_per_microbatch),
+    ):
+        if part and config.rollout.prompts_per_step % part:
+            raise InputError(f"{key}={part} must divide rollout.prompts_per_step={config.rollout.prompts_per_step}")
+    if config.chain.frames % 2:
+        raise InputError(f"chain.frames={config.chain.frames} must be even: the policy fuses frames in pairs")
+
+
+def to_yaml(config: object) -> str:
+    """The YAML text of a config dataclass, readable by `load_config` (or `OmegaConf.load` for a part of it)."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
