@@ -1,0 +1,156 @@
+"""Builds SAM2 video predictors: the embedded tiny one, the published SAM2 and SAM2.1 ones, or any other config.
+
+The classes are those of the `sam2` package. Its own builder looks configs up through hydra's global search path; this
+one reads a YAML file from anywhere and leaves hydra's global state alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sam2
+import torch
+import yaml
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+from revseg_jax.errors import InputError
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "tracker"  # tracker.yaml, tracker.safetensors, asset.json
+_STOCK_FOLDER = Path(sam2.__file__).parent / "configs"
+_STOCK_SIZES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+# Names of the published configs, e.g. sam2.1_hiera_t, and of the published checkpoints, e.g. sam2.1_hiera_tiny.pt
+_STOCK_CONFIGS = {
+    f"{family}_hiera_{letter}": _STOCK_FOLDER / family / f"{family}_hiera_{letter}.yaml"
+    for family in ("sam2", "sam2.1")
+    for letter in _STOCK_SIZES.values()
+}
+_STOCK_CHECKPOINTS = {
+    f"{family}_hiera_{size}": _STOCK_CONFIGS[f"{family}_hiera_{letter}"]
+    for family in ("sam2", "sam2.1")
+    for size, letter in _STOCK_SIZES.items()
+}
+
+
+def build_tracker(
+    config: str | Path = "embedded",
+    checkpoint: str | Path | None = "embedded",
+    device: str | torch.device = "cpu",
+    apply_postprocessing: bool = False,
+) -> SAM2VideoPredictor:
+    """A SAM2 video predictor in eval mode on `device`.
+
+    config: "embedded", the name of a published config (sam2_hiera_{t,s,b+,l}, sam2.1_hiera_{t,s,b+,l}) or a YAML file.
+        Left at "embedded" with a checkpoint of one's own, the config is found from the checkpoint: the YAML file of the
+        same name beside it, or the published config if the file has a published checkpoint's name.
+    checkpoint: "embedded", a .safetensors file, a .pt file as published (a dict with the entry "model"), or None for
+        random weights. Every tensor must be there and none may be left over.
+    apply_postprocessing: as in `sam2.build_sam.build_sam2_video_predictor` (multimask fallback for unstable masks,
+        binarized keyframe masks in memory, small holes filled); it lowers the embedded tracker's J.
+
+    Raises InputError in one line if the config or the checkpoint is missing, unreadable or does not fit.
+    """
+    path = _config_path(config, checkpoint)
+    predictor = _instantiate(path, apply_postprocessing)
+    if checkpoint is not None:
+        file = EMBEDDED / "tracker.safetensors" if checkpoint == "embedded" else Path(checkpoint)
+        _load_strictly(predictor, _read_tensors(file), file, path)
+    return predictor.to(device).eval()
+
+
+def _config_path(config: str | Path, checkpoint: str | Path | None) -> Path:
+    if config != "embedded":
+        path = _STOCK_CONFIGS.get(str(config), Path(config))
+    elif checkpoint in ("embedded", None):
+        path = EMBEDDED / "tracker.yaml"
+    else:
+        beside = Path(checkpoint).with_suffix(".yaml")
+        path = _STOCK_CHECKPOINTS.get(Path(checkpoint).stem)
+        if beside.is_file() or path is None:
+            path = beside
+    if not path.is_file():
+        raise InputError(
+            f"tracker config {path} does not exist; give a YAML file or one of {', '.join(sorted(_STOCK_CONFIGS))}"
+        )
+    return path
+
+
+def _instantiate(path: Path, apply_postprocessing: bool) -> SAM2VideoPredictor:
+    try:
+        tree = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"tracker config {path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(tree, DictConfig) or not isinstance(tree.get("model"), DictConfig):
+        raise InputError(f"tracker config {path} has no section `model`; it must be a SAM2 config")
+    model = OmegaConf.to_container(tree.model, resolve=True)
+    _allow_only_sam2(model, path)
+    model["_target_"] = "sam2.sam2_video_predictor.SAM2VideoPredictor"
+    if apply_postprocessing:
+        model["binarize_mask_from_pts_for_mem_enc"] = True
+        model["fill_hole_area"] = 8
+        model["sam_mask_decoder_extra_args"] = {
+            "dynamic_multimask_via_stability": True,
+            "dynamic_multimask_stability_delta": 0.05,
+            "dynamic_multimask_stability_thresh": 0.98,
+        }
+    try:
+        return instantiate(OmegaConf.create(model), _recursive_=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"tracker config {path} does not describe a SAM2 model: {_first_line(error)}") from None
+
+
+def _allow_only_sam2(node: object, path: Path) -> None:
+    """A config names the classes to call; anything outside the sam2 package would be code from a data file."""
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith("sam2.modeling."):
+            if str(target) != "sam2.sam2_video_predictor.SAM2VideoPredictor":
+                raise InputError(f"tracker config {path}: _target_ {target} is not a class of sam2.modeling")
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _allow_only_sam2(child, path)
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise InputError(f"tracker checkpoint {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"tracker checkpoint {file} cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # torch.load has no common error class: pickle, zip, key and runtime errors all occur
+        raise InputError(f"tracker checkpoint {file} is not a PyTorch checkpoint: {_first_line(error)}") from None
+    content = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InputError(f"tracker checkpoint {file} holds no tensors by name (expected a dict with the entry `model`)")
+    return content
+
+
+def _load_strictly(model: torch.nn.Module, tensors: dict[str, torch.Tensor], file: Path, config: Path) -> None:
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    problems = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "of another shape": sorted(n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape),
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise InputError(f"tracker checkpoint {file} does not fit config {config}: tensors {text}")
+    model.load_state_dict(tensors)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
