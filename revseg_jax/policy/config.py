@@ -1,0 +1,181 @@
+"""Sizes of a Qwen2.5-VL model, read from and written to the checkpoint's own `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from revseg_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int  # width of the text decoder that reads the merged tokens
+    patch_size: int  # pixels
+    temporal_patch_size: int  # frames fused into one patch
+    spatial_merge_size: int  # merge_size x merge_size patches become one token
+    window_size: int  # pixels
+    fullatt_block_indexes: tuple[int, ...]  # every other block attends inside windows
+    tokens_per_second: float  # temporal rotary positions per second of video
+    in_channels: int = 3
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merged_patch_size(self) -> int:
+        """Side of the pixel square that one token stands for."""
+        return self.patch_size * self.spatial_merge_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # rotary frequencies that follow time, height, width
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+
+def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """Reads a Hugging Face `config.json` in either published layout (flat, or with a nested `text_config`).
+
+    Raises InputError that names every missing key, or the architecture when it is not Qwen2.5-VL.
+    """
+    if raw.get("model_type") != "qwen2_5_vl":
+        raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'qwen2_5_vl'")
+    text_raw = {**raw, **raw.get("text_config", {})}
+    vision_raw = raw.get("vision_config", {})
+    rope = text_raw.get("rope_parameters") or text_raw.get("rope_scaling") or {}
+    wanted_text = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    wanted_vision = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size")
+    missing = [key for key in wanted_text if key not in text_raw]
+    missing += [f"vision_config.{key}" for key in wanted_vision if key not in vision_raw]
+    missing += [] if "mrope_section" in rope else ["rope_scaling.mrope_section"]
+    missing += [key for key in ("image_token_id", "video_token_id") if key not in raw]
+    if missing:
+        raise InputError(f"{where}: missing {', '.join(missing)}")
+    heads = text_raw["num_attention_heads"]
+    text = TextConfig(
+        vocab_size=text_raw["vocab_size"],
+        hidden_size=text_raw["hidden_size"],
+        intermediate_size=text_raw["intermediate_size"],
+        num_layers=text_raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=text_raw.get("num_key_value_heads", heads),
+        head_dim=text_raw.get("head_dim") or text_raw["hidden_size"] // heads,
+        rope_theta=float(rope.get("rope_theta", text_raw.get("rope_theta", 1_000_000.0))),
+        mrope_section=tuple(rope["mrope_section"]),
+        rms_norm_eps=text_raw.get("rms_norm_eps", 1e-6),
+        # The top level decides: published nested configs repeat the key inside text_config with another value.
+        tie_word_embeddings=raw.get("tie_word_embeddings", text_raw.get("tie_word_embeddings", False)),
+    )
+    vision = VisionConfig(
+        depth=vision_raw["depth"],
+        hidden_size=vision_raw["hidden_size"],
+        intermediate_size=vision_raw["intermediate_size"],
+        num_heads=vision_raw["num_heads"],
+        out_hidden_size=vision_raw["out_hidden_size"],
+        patch_size=vision_raw["patch_size"],
+        temporal_patch_size=vision_raw.get("temporal_patch_size", 2),
+        spatial_merge_size=vision_raw.get("spatial_merge_size", 2),
+        window_size=vision_raw.get("window_size", 112),
+        fullatt_block_indexes=tuple(vision_raw.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        tokens_per_second=vision_raw.get("tokens_per_second", 4),
+        in_channels=vision_raw.get("in_channels", vision_raw.get("in_chans", 3)),
+    )
+    return ModelConfig(
+        vision=vision,
+        text=text,
+        image_token_id=raw["image_token_id"],
+        video_token_id=raw["video_token_id"],
+        vision_start_token_id=raw.get("vision_start_token_id", 151652),
+        vision_end_token_id=raw.get("vision_end_token_id", 151653),
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a model that was not read from one, in the nested layout transformers 5 writes."""
+    text, vision = config.text, config.vision
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": text.num_layers,
+            "num_attention_heads": text.num_heads,
+            "num_key_value_heads": text.num_kv_heads,
+            "rms_norm_eps": text.rms_norm_eps,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "tie_word_embeddings": text.tie_word_embeddings,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": text.rope_theta,
+                "mrope_section": list(text.mrope_section),
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "out_hidden_size": vision.out_hidden_size,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.fullatt_block_indexes),
+            "tokens_per_second": vision.tokens_per_second,
+            "in_channels": vision.in_channels,
+            "hidden_act": "silu",
+        },
+    }
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Reads `config.json` of a checkpoint folder. Raises InputError when it is missing or not Qwen2.5-VL."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: a policy folder needs it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    return from_hf(raw, str(path))

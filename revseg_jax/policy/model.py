@@ -1,0 +1,107 @@
+"""The whole policy: vision tower and decoder, and how visual features take their places among the tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revseg_jax.policy.config import ModelConfig
+from revseg_jax.policy.preprocess import patchify
+from revseg_jax.policy.text import Decoder, PrefixCache
+from revseg_jax.policy.vision import VisionTower
+
+
+class Policy(nnx.Module):
+    """Qwen2.5-VL. `dtype` is that of the activations; parameters keep their own."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: bool = False):
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.vision = VisionTower(config.vision, rngs=rngs)
+        self.text = Decoder(config.text, rngs=rngs)
+
+    def encode(self, frames: jax.Array) -> jax.Array:
+        """frames uint8 [B, N, side, side, 3] -> features [B, tokens, hidden].
+
+        N = 1 is an image (the frame stands twice in its temporal patch); otherwise N is even and frames fuse in pairs.
+        """
+        prompts, count, height, width, _ = frames.shape
+        if count == 1:
+            frames = jnp.repeat(frames, self.config.vision.temporal_patch_size, axis=1)
+        patches = patchify(frames, self.config.vision).astype(self.dtype)
+        slices = patches.reshape(-1, *patches.shape[2:])
+        patch = self.config.vision.patch_size
+        features = self.vision(slices, height // patch, width // patch, remat=self.remat)
+        return features.reshape(prompts, -1, features.shape[-1])
+
+    def embed(self, tokens: jax.Array, features: jax.Array | None = None) -> jax.Array:
+        """tokens int32 [..., L] -> [..., L, hidden]; the n-th image or video token takes the n-th of `features`
+        [..., tokens, hidden]."""
+        x = self.text.embed(tokens, self.dtype)
+        if features is None:
+            return x
+        visual = (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)
+        order = jnp.clip(jnp.cumsum(visual, axis=-1) - 1, 0, features.shape[-2] - 1)
+        placed = jnp.take_along_axis(features.astype(x.dtype), order[..., None], axis=-2)
+        return jnp.where(visual[..., None], placed, x)
+
+    def prefill(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array) -> PrefixCache:
+        """Keys and values of the shared prefixes.
+
+        tokens int32 [B, P] with padding where mask bool [B, P] is False; positions int32 [3, B, P];
+        features [B, V, hidden] of the video.
+        """
+        hidden, keys, values = self.prefix_forward(tokens, positions, mask, features)
+        return PrefixCache(keys, values, mask)
+
+    def prefix_forward(
+        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `prefill`, also giving the final hidden [B, P, width]: (hidden, keys, values) with keys [layers, B, P, ...]."""
+        x = self.embed(tokens, features)[:, None]
+        causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
+        visible = (causal & mask[:, None, :])[:, None]
+        hidden, keys, values = self.text(x, positions[:, :, None], visible, remat=self.remat)
+        return hidden[:, 0], keys[:, :, 0], values[:, :, 0]
+
+    def suffix_hidden(
+        self,
+        prefix: PrefixCache,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        features: jax.Array | None = None,
+    ) -> jax.Array:
+        """Final-normed hidden [B, G, S, width] of whole suffixes: tokens int32 [B, G, S], positions int32 [3, B, G, S],
+        mask bool [B, G, S] (False: padding slots, which nobody sees), features [B, G, K, width] of the keyframes."""
+        x = self.embed(tokens, features)
+        causal = jnp.tril(jnp.ones((tokens.shape[-1], tokens.shape[-1]), bool))
+        hidden, _, _ = self.text(x, positions, causal & mask[:, :, None, :], prefix, remat=self.remat)
+        return hidden
+
+
+def chunked_logprobs(policy: Policy, hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target and the entropy of its distribution, never holding all logits.
+
+    hidden [..., width] final-normed and targets int32 [...]; both results float32 [...]. `chunk` positions have their
+    vocabulary logits in memory at a time, in the backward pass too (they are recomputed).
+    """
+    width = hidden.shape[-1]
+    flat_hidden, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
+    count = flat_targets.shape[0]
+    chunks = -(-count // chunk)
+    padding = chunks * chunk - count
+    flat_hidden = jnp.pad(flat_hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, width)
+    flat_targets = jnp.pad(flat_targets, (0, padding)).reshape(chunks, chunk)
+
+    @jax.checkpoint
+    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        chunk_hidden, chunk_targets = inputs
+        logprobs = jax.nn.log_softmax(policy.text.logits(chunk_hidden))
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return jnp.take_along_axis(logprobs, chunk_targets[:, None], axis=-1)[:, 0], entropy
+
+    logprobs, entropy = jax.lax.map(one_chunk, (flat_hidden, flat_targets))
+    return logprobs.reshape(-1)[:count].reshape(targets.shape), entropy.reshape(-1)[:count].reshape(targets.shape)

@@ -1,0 +1,79 @@
+"""Rotary positions: three-axis mRoPE for the decoder, two-axis for the vision tower (Qwen2.5-VL, arXiv 2502.13923)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from revseg_jax.policy.config import ModelConfig, TextConfig, VisionConfig
+
+
+def decoder_rotation(text: TextConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """positions int32 [3, ...] (time, height, width) -> cos, sin float32 [..., head_dim].
+
+    Frequency j follows the axis of the `mrope_section` that holds it; text tokens have three equal positions.
+    """
+    half = text.head_dim // 2
+    inverse_frequency = 1.0 / text.rope_theta ** (np.arange(half, dtype=np.float32) / half)
+    axis_of_frequency = np.repeat(np.arange(3), text.mrope_section)
+    angles = jnp.moveaxis(positions.astype(jnp.float32)[axis_of_frequency], 0, -1) * inverse_frequency
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [..., heads, head_dim] with cos, sin [..., head_dim]; halves are rotated, as in Llama. Computed in float32."""
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x32 * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)
+
+
+def vision_angles(vision: VisionConfig, height: int, width: int) -> np.ndarray:
+    """Angles float32 [height * width, head_dim] for a grid of patches, in merge order (see `merge_order`)."""
+    quarter = vision.head_dim // 4
+    inverse_frequency = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float32) / quarter)
+    rows, columns = merge_order(height, width, vision.spatial_merge_size)
+    angles = np.concatenate([rows[:, None] * inverse_frequency, columns[:, None] * inverse_frequency], axis=-1)
+    return np.concatenate([angles, angles], axis=-1).astype(np.float32)
+
+
+def merge_order(height: int, width: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each patch in the order the tower reads them: merge x merge squares, row by row."""
+    rows, columns = np.mgrid[:height, :width]
+
+    def in_squares(grid: np.ndarray) -> np.ndarray:
+        squares = grid.reshape(height // merge, merge, width // merge, merge)
+        return squares.transpose(0, 2, 1, 3).reshape(-1)
+
+    return in_squares(rows), in_squares(columns)
+
+
+def sequence_positions(
+    tokens: np.ndarray, config: ModelConfig, grids: list[tuple[int, int, int]], seconds_per_grid: list[float]
+) -> np.ndarray:
+    """mRoPE positions int32 [3, length] of one unpadded token sequence [length].
+
+    `grids` holds (time, height, width) in patches for every image and video in order of appearance;
+    `seconds_per_grid` the seconds one temporal patch covers, for every video in order. A visual block starts one past
+    the largest position before it, spans its merged grid, and the text goes on one past its largest position.
+    """
+    merge = config.vision.spatial_merge_size
+    visual = (config.image_token_id, config.video_token_id)
+    positions = np.zeros((3, len(tokens)), np.int32)
+    videos, images = iter(seconds_per_grid), iter(grids)
+    index, start = 0, 0
+    while index < len(tokens):
+        if tokens[index] not in visual:
+            positions[:, index] = start
+            index, start = index + 1, start + 1
+            continue
+        time, height, width = next(images)
+        height, width = height // merge, width // merge
+        per_step = next(videos) * config.vision.tokens_per_second if tokens[index] == config.video_token_id else 0
+        block = np.indices((time, height, width)).reshape(3, -1)
+        block[0] = (np.arange(time).repeat(height * width) * per_step).astype(np.int64)
+        positions[:, index : index + block.shape[1]] = start + block
+        index, start = index + block.shape[1], start + int(block.max()) + 1
+    return positions

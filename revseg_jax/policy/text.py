@@ -1,0 +1,150 @@
+"""Qwen2.5-VL's decoder over the project's static layout: a shared prefix and G suffixes of S slots."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from revseg_jax.policy.attention import shared_prefix_attention
+from revseg_jax.policy.config import TextConfig
+from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
+from revseg_jax.policy.rope import decoder_rotation, rotate
+
+
+class PrefixCache(NamedTuple):
+    """Keys and values of the prefix tokens, one per prompt and shared by its G rollouts.
+
+    Attributes:
+      key, value: [layers, B, P, key_heads, head_dim]
+      mask: bool [B, P], False for padding
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+
+
+class SuffixCache(NamedTuple):
+    """Keys and values of the suffix slots filled so far.
+
+    Attributes:
+      key, value: [layers, B, G, S, key_heads, head_dim]
+      mask: bool [B, G, S], True where the slot holds a real token
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        width, head_dim = config.hidden_size, config.head_dim
+        heads, key_heads = config.num_heads, config.num_kv_heads
+        self.input_norm = RMSNorm(width, config.rms_norm_eps)
+        self.query = Linear((width, heads, head_dim), (heads, head_dim), rngs=rngs)
+        self.key = Linear((width, key_heads, head_dim), (key_heads, head_dim), rngs=rngs)
+        self.value = Linear((width, key_heads, head_dim), (key_heads, head_dim), rngs=rngs)
+        self.out = Linear((heads, head_dim, width), rngs=rngs)
+        self.post_norm = RMSNorm(width, config.rms_norm_eps)
+        self.mlp = GatedMLP(width, config.intermediate_size, use_bias=False, rngs=rngs)
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, G, S, width] -> rotated query [B, G, S, H, D], rotated key and value [B, G, S, K, D]."""
+        normal = self.input_norm(x)
+        query, key = self.query("bgsd,dhk->bgshk", normal), self.key("bgsd,dhk->bgshk", normal)
+        return rotate(query, cos, sin), rotate(key, cos, sin), self.value("bgsd,dhk->bgshk", normal)
+
+    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        x = x + self.out("bgshk,hkd->bgsd", mixed)
+        return x + self.mlp(self.post_norm(x))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02)
+        self.layers = stack_layers(lambda layer_rngs: DecoderLayer(config, rngs=layer_rngs), config.num_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear((config.hidden_size, config.vocab_size), rngs=rngs)
+
+    def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """int32 [...] -> [..., hidden] in `dtype`."""
+        return self.embedding[...].astype(dtype)[tokens]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final-normed hidden [..., width] -> float32 [..., vocab]."""
+        if self.config.tie_word_embeddings:
+            kernel = self.embedding[...].astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        prefix: PrefixCache | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Runs whole suffixes at once.
+
+        x [B, G, S, width]; positions int32 [3, B, G, S]; mask bool [B, G, S, S], True where a query sees a key.
+        Returns the final-normed hidden [B, G, S, width] and keys, values [layers, B, G, S, key_heads, head_dim].
+        """
+        cos, sin = decoder_rotation(self.config, positions)
+        graphdef, stacked = nnx.split(self.layers)
+        prefix_layers = (prefix.key, prefix.value) if prefix is not None else None
+
+        def layer(x, inputs):
+            state, prefix_layer = inputs
+            module = nnx.merge(graphdef, state)
+            query, key, value = module.project(x, cos, sin)
+            shared = (*prefix_layer, prefix.mask) if prefix is not None else None
+            return module.finish(x, shared_prefix_attention(query, key, value, mask, shared)), (key, value)
+
+        x, (keys, values) = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (stacked, prefix_layers))
+        return self.norm(x), keys, values
+
+    def extend(
+        self, x: jax.Array, positions: jax.Array, real: jax.Array, slot: jax.Array, prefix: PrefixCache, cache: SuffixCache
+    ) -> tuple[jax.Array, SuffixCache]:
+        """Appends tokens to every suffix at slots [slot, slot + S), S = 1 in decoding. No gradient is meant to flow.
+
+        x [B, G, S, width]; positions int32 [3, B, G, S]; real bool [B, G, S]. A token sees the prefix, the real slots
+        before it and itself. Returns the final-normed hidden [B, G, S, width] and the cache with the slots filled.
+        """
+        cos, sin = decoder_rotation(self.config, positions)
+        graphdef, stacked = nnx.split(self.layers)
+        length, slots = x.shape[2], cache.mask.shape[2]
+        filled = jax.lax.dynamic_update_slice(cache.mask, real, (0, 0, slot))
+        causal = jnp.arange(slots) <= slot + jnp.arange(length)[:, None]
+        mask = filled[:, :, None, :] & causal
+
+        def layer(carry, inputs):
+            x, keys, values = carry
+            index, state, prefix_key, prefix_value = inputs
+            module = nnx.merge(graphdef, state)
+            query, key, value = module.project(x, cos, sin)
+            start = (index, 0, 0, slot, 0, 0)
+            keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
+            values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
+            mixed = shared_prefix_attention(
+                query, keys[index], values[index], mask, (prefix_key, prefix_value, prefix.mask)
+            )
+            return (module.finish(x, mixed), keys, values), None
+
+        indices = jnp.arange(self.config.num_layers)
+        inputs = (indices, stacked, prefix.key, prefix.value)
+        (x, keys, values), _ = jax.lax.scan(layer, (x, cache.key, cache.value), inputs)
+        return self.norm(x), SuffixCache(keys, values, filled)
+
+
+def empty_suffix_cache(config: TextConfig, prompts: int, groups: int, slots: int, dtype: jnp.dtype) -> SuffixCache:
+    shape = (config.num_layers, prompts, groups, slots, config.num_kv_heads, config.head_dim)
+    return SuffixCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((prompts, groups, slots), bool))

@@ -1,0 +1,140 @@
+"""Qwen2.5-VL's vision tower: patches of one grid size -> one feature per merged patch.
+
+Every attention of the tower stays inside one temporal slice (two fused frames, or one image), so slices are the batch:
+[slices, patches, ...]. Most blocks attend inside square windows; the host lays the patches out window by window once
+(`WindowLayout`), so that window attention is a reshape and full attention only has to skip the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from revseg_jax.policy.attention import shared_prefix_attention
+from revseg_jax.policy.config import VisionConfig
+from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
+from revseg_jax.policy.rope import rotate, vision_angles
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """Where each patch of a (height, width) grid sits when patches are laid out window by window.
+
+    Attributes:
+      gather: int [windows * slots], index of the patch (merge order) in each slot; padding slots repeat patch 0.
+      real: bool [windows, slots], False in padding slots (windows at the border of an uneven grid are smaller).
+      scatter: int [height * width / merge^2], slot group of each merged patch, to undo the layout after merging.
+    """
+
+    gather: np.ndarray
+    real: np.ndarray
+    scatter: np.ndarray
+
+
+@lru_cache(maxsize=64)
+def window_layout(vision: VisionConfig, height: int, width: int) -> WindowLayout:
+    """height, width: the grid in patches, both divisible by the merge size."""
+    merge = vision.spatial_merge_size
+    side = vision.window_size // vision.merged_patch_size  # of a window, in merged patches
+    merged_height, merged_width = height // merge, width // merge
+    windows = [
+        [
+            row * merged_width + column
+            for row in range(top, min(top + side, merged_height))
+            for column in range(left, min(left + side, merged_width))
+        ]
+        for top in range(0, merged_height, side)
+        for left in range(0, merged_width, side)
+    ]
+    slots = max(map(len, windows))
+    groups = np.full((len(windows), slots), -1)
+    for number, window in enumerate(windows):
+        groups[number, : len(window)] = window
+    patches = merge * merge
+    gather = (np.maximum(groups, 0)[..., None] * patches + np.arange(patches)).reshape(-1)
+    real = np.repeat(groups >= 0, patches, axis=1)
+    flat = groups.reshape(-1)
+    scatter = np.empty(merged_height * merged_width, np.int64)
+    scatter[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+    return WindowLayout(gather, real, scatter)
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        self.norm1 = RMSNorm(width, 1e-6)
+        self.norm2 = RMSNorm(width, 1e-6)
+        self.qkv = Linear((width, 3, heads, head_dim), (3, heads, head_dim), rngs=rngs)
+        self.proj = Linear((heads, head_dim, width), (width,), rngs=rngs)
+        self.mlp = GatedMLP(width, config.intermediate_size, use_bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, real: jax.Array) -> jax.Array:
+        """x [B, G, S, width]: attention inside each of the B x G sets of S patches; real bool [G, S] masks padding."""
+        query, key, value = jnp.moveaxis(self.qkv("bgsd,dzhk->bgszhk", self.norm1(x)), 3, 0)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        mask = jnp.broadcast_to(real[None, :, None, :], (*x.shape[:3], x.shape[2]))
+        mixed = shared_prefix_attention(query, key, value, mask)
+        x = x + self.proj("bgshk,hkd->bgsd", mixed)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nnx.Module):
+    """Joins each merge x merge square of patches into one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        wide = config.hidden_size * config.spatial_merge_size**2
+        self.norm = RMSNorm(config.hidden_size, 1e-6)
+        self.fc1 = Linear((wide, wide), (wide,), rngs=rngs)
+        self.fc2 = Linear((wide, config.out_hidden_size), (config.out_hidden_size,), rngs=rngs)
+        self.wide = wide
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[slices, patches, hidden] in merge order -> [slices, patches / merge^2, out_hidden]."""
+        squares = self.norm(x).reshape(x.shape[0], -1, self.wide)
+        inner = jax.nn.gelu(self.fc1("mtd,df->mtf", squares), approximate=False)
+        return self.fc2("mtf,fd->mtd", inner)
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.patch_embed = Linear((config.patch_dim, config.hidden_size), rngs=rngs)
+        self.blocks = stack_layers(lambda layer_rngs: VisionBlock(config, rngs=layer_rngs), config.depth, rngs)
+        self.merger = PatchMerger(config, rngs=rngs)
+
+    def __call__(self, patches: jax.Array, height: int, width: int, remat: bool = False) -> jax.Array:
+        """patches [slices, height * width, patch_dim] in merge order -> [slices, height * width / merge^2, out_hidden].
+
+        height, width: the grid in patches, static. `patches` come from `revseg_jax.policy.preprocess.patchify`.
+        """
+        layout = window_layout(self.config, height, width)
+        windows, slots = layout.real.shape
+        angles = vision_angles(self.config, height, width)[layout.gather]
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        x = self.patch_embed("mtp,pd->mtd", patches)[:, layout.gather]
+        graphdef, stacked = nnx.split(self.blocks)
+        is_full = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
+
+        def block(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+            state, full = layer
+            module = nnx.merge(graphdef, state)
+
+            def attend(x: jax.Array, sets: int) -> jax.Array:
+                def shape(a):
+                    return jnp.asarray(a).reshape(sets, windows * slots // sets, *a.shape[1:])
+
+                folded = x.reshape(x.shape[0], sets, -1, x.shape[-1])
+                out = module(folded, shape(cos), shape(sin), layout.real.reshape(sets, -1))
+                return out.reshape(x.shape)
+
+            if windows == 1:
+                return attend(x, 1), None
+            return jax.lax.cond(full, lambda x: attend(x, 1), lambda x: attend(x, windows), x), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, jnp.asarray(is_full)))
+        return self.merger(x)[:, layout.scatter]
