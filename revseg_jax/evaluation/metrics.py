@@ -39,7 +39,7 @@ def f_measure(pred: np.ndarray, truth: np.ndarray) -> float:
         return float(pred_total == truth_total)
     precision = _count_near(pred_boundary, truth_boundary, radius) / pred_total
     recall = _count_near(truth_boundary, pred_boundary, radius) / truth_total
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
 def j_and_f(pred: np.ndarray, truth: np.ndarray, contour: bool = True) -> tuple[np.ndarray, np.ndarray]:
