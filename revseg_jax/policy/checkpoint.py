@@ -1,0 +1,144 @@
+"""A policy folder: config.json, safetensors, tokenizer and processor files as published, and our chain.yaml."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from flax import nnx
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from revseg_jax.config import ChainConfig, to_yaml
+from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.policy.config import from_hf, read_config, to_hf
+from revseg_jax.policy.hf_weights import load_weights, save_weights
+from revseg_jax.policy.model import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Everything of a published folder that is neither weights nor config.json.
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """Attributes:
+    policy: with its parameters on the default device
+    tokenizer: of the checkpoint
+    chain: the prompts and sizes it was trained with, from chain.yaml; None when the folder has none
+    folder: where it was read from
+    """
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerFast
+    chain: ChainConfig | None
+    folder: Path
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """The folder itself, or that of the tiny policy shipped with the package for "embedded"."""
+    if str(path) == "embedded":
+        return Path(str(importlib.resources.files("revseg_jax"))) / "assets" / "policy"
+    return Path(path)
+
+
+def load_policy(
+    folder: str | Path, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+) -> LoadedPolicy:
+    """Loads a checkpoint folder in Hugging Face layout, or "embedded".
+
+    dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16".
+    Raises InputError that names what is missing or wrong in the folder.
+    """
+    folder = resolve_folder(folder)
+    if not folder.is_dir():
+        raise InputError(f"policy folder {folder} does not exist")
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"policy folder {folder} lacks {', '.join(missing)}")
+    config = read_config(folder)
+    chain = read_chain(folder)
+    tokenizer = load_tokenizer(folder)
+    # Abstract first: no random parameters are ever made.
+    policy = nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat))
+    load_weights(folder, policy, param_dtype)
+    return LoadedPolicy(policy, tokenizer, chain, folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    # Not AutoTokenizer, which imports torch: seconds at every start.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise InputError(f"tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def read_chain(folder: Path) -> ChainConfig | None:
+    """chain.yaml of a policy folder, or None without one."""
+    path = folder / "chain.yaml"
+    if not path.exists():
+        return None
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ChainConfig), OmegaConf.load(path)))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def save_policy(
+    policy: Policy,
+    folder: str | Path,
+    source_folder: str | Path | None = None,
+    chain: ChainConfig | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Writes a folder that `load_policy` and transformers load.
+
+    source_folder ("embedded" too): where tokenizer and processor files are copied from, and config.json when it
+    describes this policy. dtype: of the stored weights, default that of the parameters. The folder appears complete or
+    not at all; one that exists and is not empty is an InputError. A full disk or unwritable place is a RunFailure.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already: give a new folder to save the policy into")
+    dtype = dtype or str(policy.text.embedding.dtype)
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        source = resolve_folder(source_folder) if source_folder is not None else None
+        if source is not None:
+            for name in COPIED:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, partial / name)
+        (partial / "config.json").write_text(json.dumps(config_json(policy, source, dtype), indent=2) + "\n")
+        if chain is not None:
+            (partial / "chain.yaml").write_text(to_yaml(chain))
+        save_weights(policy, partial, dtype)
+        partial.rename(folder)  # replaces an empty folder
+    except OSError as error:
+        raise RunFailure(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def config_json(policy: Policy, source: Path | None, dtype: str) -> dict:
+    """The source's own config.json when it describes this policy, with the type of the weights as they are stored."""
+    raw = to_hf(policy.config)
+    if source is not None and (source / "config.json").is_file():
+        original = json.loads((source / "config.json").read_text())
+        raw = original if from_hf(original) == policy.config else raw
+    return {**raw, ("torch_dtype" if "torch_dtype" in raw else "dtype"): dtype}

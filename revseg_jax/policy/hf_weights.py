@@ -1,0 +1,176 @@
+"""Weights in and out of the Hugging Face layout: a table of names, and what happens to the axes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from revseg_jax.errors import InputError
+from revseg_jax.policy.model import Policy
+from revseg_jax.policy.safetensors_files import SHARD_BYTES, StoredTensor, open_checkpoint, write_checkpoint
+
+# Published tensor name ("{}": layer number) -> path in the policy, and how many leading axes of our kernel are inputs.
+# A kernel [inputs..., outputs...] is stored as [outputs, inputs], flattened. 0 inputs: the elements keep their order.
+TABLE = {
+    "model.embed_tokens.weight": ("text.embedding", 0),
+    "model.layers.{}.input_layernorm.weight": ("text.layers.input_norm.scale", 0),
+    "model.layers.{}.self_attn.q_proj.weight": ("text.layers.query.kernel", 1),
+    "model.layers.{}.self_attn.q_proj.bias": ("text.layers.query.bias", 0),
+    "model.layers.{}.self_attn.k_proj.weight": ("text.layers.key.kernel", 1),
+    "model.layers.{}.self_attn.k_proj.bias": ("text.layers.key.bias", 0),
+    "model.layers.{}.self_attn.v_proj.weight": ("text.layers.value.kernel", 1),
+    "model.layers.{}.self_attn.v_proj.bias": ("text.layers.value.bias", 0),
+    "model.layers.{}.self_attn.o_proj.weight": ("text.layers.out.kernel", 2),
+    "model.layers.{}.post_attention_layernorm.weight": ("text.layers.post_norm.scale", 0),
+    "model.layers.{}.mlp.gate_proj.weight": ("text.layers.mlp.gate.kernel", 1),
+    "model.layers.{}.mlp.up_proj.weight": ("text.layers.mlp.up.kernel", 1),
+    "model.layers.{}.mlp.down_proj.weight": ("text.layers.mlp.down.kernel", 1),
+    "model.norm.weight": ("text.norm.scale", 0),
+    "lm_head.weight": ("text.lm_head.kernel", 1),
+    "visual.patch_embed.proj.weight": ("vision.patch_embed.kernel", 1),
+    "visual.blocks.{}.norm1.weight": ("vision.blocks.norm1.scale", 0),
+    "visual.blocks.{}.attn.qkv.weight": ("vision.blocks.qkv.kernel", 1),
+    "visual.blocks.{}.attn.qkv.bias": ("vision.blocks.qkv.bias", 0),
+    "visual.blocks.{}.attn.proj.weight": ("vision.blocks.proj.kernel", 2),
+    "visual.blocks.{}.attn.proj.bias": ("vision.blocks.proj.bias", 0),
+    "visual.blocks.{}.norm2.weight": ("vision.blocks.norm2.scale", 0),
+    "visual.blocks.{}.mlp.gate_proj.weight": ("vision.blocks.mlp.gate.kernel", 1),
+    "visual.blocks.{}.mlp.gate_proj.bias": ("vision.blocks.mlp.gate.bias", 0),
+    "visual.blocks.{}.mlp.up_proj.weight": ("vision.blocks.mlp.up.kernel", 1),
+    "visual.blocks.{}.mlp.up_proj.bias": ("vision.blocks.mlp.up.bias", 0),
+    "visual.blocks.{}.mlp.down_proj.weight": ("vision.blocks.mlp.down.kernel", 1),
+    "visual.blocks.{}.mlp.down_proj.bias": ("vision.blocks.mlp.down.bias", 0),
+    "visual.merger.ln_q.weight": ("vision.merger.norm.scale", 0),
+    "visual.merger.mlp.0.weight": ("vision.merger.fc1.kernel", 1),
+    "visual.merger.mlp.0.bias": ("vision.merger.fc1.bias", 0),
+    "visual.merger.mlp.2.weight": ("vision.merger.fc2.kernel", 1),
+    "visual.merger.mlp.2.bias": ("vision.merger.fc2.bias", 0),
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the policy and the tensors it is stored as.
+
+    Attributes:
+      path: in the policy's state
+      shape: of the parameter; the first axis counts layers when it is stacked
+      names: the stored tensors, one per layer when stacked
+      stored_shape: of each stored tensor
+      inputs: leading axes (layers apart) that the file keeps last; 0 keeps the order
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    stacked: bool
+    names: tuple[str, ...]
+    stored_shape: tuple[int, ...]
+    inputs: int
+
+
+def weights_of(policy: Policy) -> list[Weight]:
+    """Every parameter of the policy, in the order of `TABLE`."""
+    shapes = {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(policy, nnx.Param))}
+    vision = policy.config.vision
+    weights = []
+    for name, (dotted, inputs) in TABLE.items():
+        path = tuple(dotted.split("."))
+        if path not in shapes:  # tied embeddings: no lm_head
+            continue
+        shape, stacked = shapes[path], "{}" in name
+        one = shape[stacked:]
+        if name == "visual.patch_embed.proj.weight":  # a convolution whose stride is its size
+            patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+            stored_shape = (vision.hidden_size, *patch)
+        elif inputs:
+            stored_shape = (math.prod(one[inputs:]), math.prod(one[:inputs]))
+        else:
+            stored_shape = one if name == "model.embed_tokens.weight" else (math.prod(one),)
+        names = tuple(name.format(layer) for layer in range(shape[0])) if stacked else (name,)
+        weights.append(Weight(path, shape, stacked, names, stored_shape, inputs))
+    return weights
+
+
+def from_stored(weight: Weight, tensor: np.ndarray) -> np.ndarray:
+    """The stored tensor of one layer as our kernel or bias: a view, so slices of it read only their bytes."""
+    shape = weight.shape[weight.stacked :]
+    split = tensor.reshape(shape[weight.inputs :] + shape[: weight.inputs])
+    outputs = len(shape) - weight.inputs
+    return split.transpose(*range(outputs, len(shape)), *range(outputs))
+
+
+def to_stored(weight: Weight, array: np.ndarray) -> np.ndarray:
+    """The inverse of `from_stored`."""
+    axes = range(array.ndim)
+    return array.transpose(*axes[weight.inputs :], *axes[: weight.inputs]).reshape(weight.stored_shape)
+
+
+def read_weight(
+    weight: Weight, tensors: dict[str, StoredTensor], dtype: np.dtype, index: tuple[slice, ...] | None = None
+) -> np.ndarray:
+    """The part `index` (default: all) of one parameter, cast to `dtype`. Nothing else is read from the files."""
+    index = index or (slice(None),) * len(weight.shape)
+    names = weight.names[index[0]] if weight.stacked else weight.names
+    views = [from_stored(weight, tensors[name].array())[index[weight.stacked :]] for name in names]
+    if not weight.stacked:
+        return np.ascontiguousarray(views[0], dtype)
+    result = np.empty((len(views), *views[0].shape), dtype)
+    for layer, view in enumerate(views):
+        result[layer] = view
+    return result
+
+
+def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32") -> None:
+    """Fills the policy, whose parameters may be abstract (`nnx.eval_shape`), from a checkpoint folder.
+
+    Takes float16, bfloat16 and float32 files, one or several with an index, with the published names or those of
+    transformers 5's modules. On the host one stacked parameter is held at a time beside the result. Raises one
+    InputError that names every missing, unexpected or wrongly shaped tensor and every missing or truncated file.
+    """
+    folder = Path(folder)
+    stored, problems = open_checkpoint(folder)
+    tensors = {published_name(name): tensor for name, tensor in stored.items()}
+    weights = weights_of(policy)
+    wanted = {name: weight.stored_shape for weight in weights for name in weight.names}
+    if tensors:  # a single unreadable file is one problem, not hundreds
+        problems += [f"{name} is missing" for name in wanted if name not in tensors]
+    ignored = {"lm_head.weight"} if policy.config.text.tie_word_embeddings else set()
+    problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - wanted.keys() - ignored)]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if tensors.get(name) and tensors[name].shape != shape
+    ]
+    if problems:
+        raise InputError(f"weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+    dtype = np.dtype(jnp.dtype(param_dtype))
+    loaded = [(weight.path, nnx.Param(jnp.asarray(read_weight(weight, tensors, dtype)))) for weight in weights]
+    nnx.update(policy, nnx.from_flat_state(loaded))
+
+
+def save_weights(policy: Policy, folder: str | Path, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the policy's parameters into an existing folder under the published names, as `dtype`."""
+    weights = weights_of(policy)
+    state = dict(nnx.to_flat_state(nnx.state(policy, nnx.Param)))
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for weight in weights:
+            host = np.asarray(jax.device_get(state[weight.path][...]))
+            for name, array in zip(weight.names, host if weight.stacked else [host], strict=True):
+                yield name, to_stored(weight, array)
+
+    shapes = {name: weight.stored_shape for weight in weights for name in weight.names}
+    write_checkpoint(Path(folder), shapes, np.dtype(jnp.dtype(dtype)), arrays(), shard_bytes)
+
+
+def published_name(name: str) -> str:
+    """`model.language_model.layers...` and `model.visual...`, transformers 5's module names, as they are published."""
+    return re.sub(r"^model\.(?:(language_model)\.|(?=visual\.))", lambda m: "model." if m[1] else "", name)
