@@ -82,6 +82,16 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     missing += [key for key in ("image_token_id", "video_token_id") if key not in raw]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}")
+    supported = {
+        "hidden_act": (text_raw.get("hidden_act", "silu"), ("silu",)),
+        "vision_config.hidden_act": (vision_raw.get("hidden_act", "silu"), ("silu",)),
+        "use_sliding_window": (text_raw.get("use_sliding_window", False), (False, None)),
+        "rope type": (rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+        "vision rope_theta": (vision_raw.get("rope_parameters", {}).get("rope_theta", 10000.0), (10000.0,)),
+    }
+    unsupported = [f"{key}={value!r}" for key, (value, allowed) in supported.items() if value not in allowed]
+    if unsupported:
+        raise InputError(f"{where}: not supported: {', '.join(unsupported)}")
     heads = text_raw["num_attention_heads"]
     text = TextConfig(
         vocab_size=text_raw["vocab_size"],
@@ -93,7 +103,7 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
         head_dim=text_raw.get("head_dim") or text_raw["hidden_size"] // heads,
         rope_theta=float(rope.get("rope_theta", text_raw.get("rope_theta", 1_000_000.0))),
         mrope_section=tuple(rope["mrope_section"]),
-        rms_norm_eps=text_raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=text_raw.get("rms_norm_eps", 1e-5),
         # The top level decides: published nested configs repeat the key inside text_config with another value.
         tie_word_embeddings=raw.get("tie_word_embeddings", text_raw.get("tie_word_embeddings", False)),
     )

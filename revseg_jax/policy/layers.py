@@ -1,4 +1,4 @@
-"""The few layers both towers share. Parameters are used in the activations' dtype; norms compute in float32."""
+"""The few layers both towers share. Parameters are used in the activations' dtype, norms in float32 or wider."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return normal.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 

@@ -59,7 +59,7 @@ class Policy(nnx.Module):
     def prefix_forward(
         self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `prefill`, also giving the final hidden [B, P, width]: (hidden, keys, values) with keys [layers, B, P, ...]."""
+        """As `prefill`, with the final-normed hidden [B, P, width] first; keys and values are [layers, B, P, ...]."""
         x = self.embed(tokens, features)[:, None]
         causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
         visible = (causal & mask[:, None, :])[:, None]

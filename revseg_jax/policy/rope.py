@@ -23,11 +23,11 @@ def decoder_rotation(text: TextConfig, positions: jax.Array) -> tuple[jax.Array,
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [..., heads, head_dim] with cos, sin [..., head_dim]; halves are rotated, as in Llama. Computed in float32."""
-    x32 = x.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, axis=-1)
+    """x [..., heads, head_dim] with cos, sin [..., head_dim]; halves are rotated, as in Llama. In float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    first, second = jnp.split(wide, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    return (x32 * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)
+    return (wide * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)
 
 
 def vision_angles(vision: VisionConfig, height: int, width: int) -> np.ndarray:
@@ -56,8 +56,12 @@ def sequence_positions(
     """mRoPE positions int32 [3, length] of one unpadded token sequence [length].
 
     `grids` holds (time, height, width) in patches for every image and video in order of appearance;
-    `seconds_per_grid` the seconds one temporal patch covers, for every video in order. A visual block starts one past
-    the largest position before it, spans its merged grid, and the text goes on one past its largest position.
+    `seconds_per_grid` the seconds one temporal patch covers, for every video in order. A visual block starts where the
+    text before it ends, spans its merged grid, and the text goes on after the larger of its height and width.
+
+    This is the rule of transformers 5. Before 5.3 (and in the models' training) the text went on after the largest
+    position, time included: the same unless a video's time axis is longer than its sides (448 pixels: above 16 frames
+    at 2 fps).
     """
     merge = config.vision.spatial_merge_size
     visual = (config.image_token_id, config.video_token_id)
@@ -73,7 +77,9 @@ def sequence_positions(
         height, width = height // merge, width // merge
         per_step = next(videos) * config.vision.tokens_per_second if tokens[index] == config.video_token_id else 0
         block = np.indices((time, height, width)).reshape(3, -1)
-        block[0] = (np.arange(time).repeat(height * width) * per_step).astype(np.int64)
+        # float32, because the products are cut to integers and must be cut as torch cuts them.
+        steps = np.arange(time, dtype=np.float32) * np.float32(per_step)
+        block[0] = steps.astype(np.int64).repeat(height * width)
         positions[:, index : index + block.shape[1]] = start + block
-        index, start = index + block.shape[1], start + int(block.max()) + 1
+        index, start = index + block.shape[1], start + max(height, width)
     return positions

@@ -77,12 +77,13 @@ class Decoder(nnx.Module):
         return self.embedding[...].astype(dtype)[tokens]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Final-normed hidden [..., width] -> float32 [..., vocab]."""
+        """Final-normed hidden [..., width] -> float32 [..., vocab] (float64 for float64 activations)."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
         if self.config.tie_word_embeddings:
             kernel = self.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=wide)
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=wide)
 
     def __call__(
         self,
@@ -112,7 +113,13 @@ class Decoder(nnx.Module):
         return self.norm(x), keys, values
 
     def extend(
-        self, x: jax.Array, positions: jax.Array, real: jax.Array, slot: jax.Array, prefix: PrefixCache, cache: SuffixCache
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        real: jax.Array,
+        slot: jax.Array,
+        prefix: PrefixCache,
+        cache: SuffixCache,
     ) -> tuple[jax.Array, SuffixCache]:
         """Appends tokens to every suffix at slots [slot, slot + S), S = 1 in decoding. No gradient is meant to flow.
 
