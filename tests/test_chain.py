@@ -343,6 +343,21 @@ def test_reader_agrees_with_json_and_python(value: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{'a': 'the dog's ear', 'b': 1}", {"a": "the dog's ear", "b": 1}),
+        ('["a "big" dog"]', ['a "big" dog']),
+        (r"""['it\'s', "say \"no\"", 'tab\t\u00e9 \d']""", ["it's", 'say "no"', "tab\té d"]),
+        ("[True, false, None, null, -1.5e2, .5, +3, 2.,]", [True, False, None, None, -150.0, 0.5, 3, 2.0]),
+        ("{'a' : [ ] , 'b':{ } , }", {"a": [], "b": {}}),
+        ("['two\nlines']", ["two\nlines"]),
+    ],
+)
+def test_reader_by_hand(text: str, value: object) -> None:
+    assert read_value(text) == value
+
+
+@pytest.mark.parametrize(
     "text", ["", "x", "[", "[1", "[1 2]", "{1: 2}", "{'a' 1}", "{'a': }", "[nan]", '["a', "[" * 10 + "]" * 10]
 )
 def test_reader_refuses(text: str) -> None:
@@ -458,7 +473,7 @@ def test_long_hostile_texts_take_linear_time() -> None:
         started = time.process_time()
         check_parses(text, 16)
         taken = time.process_time() - started
-        assert taken < 2, f"{taken:.1f} s for {text[:60]!r}..."  # a quadratic scan takes minutes
+        assert taken < 5, f"{taken:.1f} s for {text[:60]!r}..."  # a quadratic scan takes minutes
 
 
 # ---------------------------------------------------------------- geometry
