@@ -1,0 +1,6 @@
+"""SAM2 in a process of its own: the sidecar (the only place that needs torch) and the client that talks to it."""
+
+from revseg_jax.tracker.client import Scores, TrackerClient
+from revseg_jax.tracker.connection import check
+
+__all__ = ["Scores", "TrackerClient", "check"]

@@ -1,0 +1,125 @@
+"""Tracks prompts on the clips of a ClipStore: features computed once a frame, prompts batched, masks at clip size."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+from torch import Tensor
+
+from revseg_jax.errors import InputError
+from revseg_jax.tracker.clips import Clip
+from revseg_jax.tracker.propagation import plan, propagate, unsupported
+
+Prompt = tuple[int, tuple[float, float, float, float]]  # keyframe and box x1, y1, x2, y2 in pixels of the clip
+
+FEATURE_BYTES = 2 << 30
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of sam2.utils.misc.load_video_frames
+
+
+class Engine:
+    """One SAM2 model and the features of the frames it saw last. Safe to call from several threads."""
+
+    def __init__(self, model: SAM2VideoPredictor, feature_bytes: int = FEATURE_BYTES):
+        option = unsupported(model)
+        if option:
+            raise InputError(f"the tracker's config asks for {option}, which the sidecar does not support")
+        self.model = model
+        self.image_size = model.image_size
+        self.feature_bytes = feature_bytes
+        # As many prompts (frames) go through the model together as keep its activations at a few hundred megabytes.
+        self.prompts_together = max(4, min(64, (1 << 22) // model.image_size**2))
+        self.frames_together = max(1, min(16, (1 << 21) // model.image_size**2))
+        self._features: OrderedDict[tuple[str, int], list[Tensor]] = OrderedDict()
+        self._held_bytes = 0
+        self._model_lock = threading.Lock()
+
+    def track(
+        self, clip: Clip, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
+        """Yields (indices into prompts, the frame each is at, masks bool [n, clip.height, clip.width]) as it goes.
+
+        Every prompt comes once with every frame (of `frames`, if given): its keyframe, those after it going forward,
+        then those before it going backward. Equal prompts should be merged by the caller. The model is free for other
+        calls between two steps.
+        """
+        wanted = None if frames is None else frozenset(frames)
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index][0])
+        together = min(self.prompts_together, max(1, (1 << 26) // (clip.height * clip.width)))
+        for start in range(0, len(order), together):
+            yield from self._track_together(clip, prompts, order[start : start + together], wanted)
+
+    def _track_together(
+        self, clip: Clip, prompts: Sequence[Prompt], chosen: list[int], wanted: frozenset[int] | None
+    ) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
+        model = self.model
+        size = torch.tensor([clip.width, clip.height, clip.width, clip.height])
+        boxes = torch.tensor([prompts[index][1] for index in chosen], dtype=torch.float32) / size * model.image_size
+        steps = propagate(
+            model,
+            clip.frames,
+            lambda frames: self._look_up(clip, frames),
+            [plan(model, clip.frames, prompts[index][0], wanted) for index in chosen],
+            boxes.to(model.device),
+        )
+        while True:
+            with self._model_lock, torch.inference_mode(), self._autocast():
+                step = next(steps, None)
+                if step is None:
+                    return
+                rows, at, logits = step
+                keep = [n for n, frame in enumerate(at) if wanted is None or frame in wanted]
+                logits = logits[keep]
+                if logits.shape[-2:] != (clip.height, clip.width):
+                    shape = (clip.height, clip.width)
+                    logits = F.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
+                masks = (logits[:, 0] > 0).cpu().numpy()
+            if keep:
+                yield [chosen[rows[n]] for n in keep], [at[n] for n in keep], masks
+
+    def _autocast(self) -> torch.autocast:
+        device = self.model.device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+
+    def _look_up(self, clip: Clip, frames: list[int]) -> list[Tensor]:
+        """Feature maps [len(frames), channels, h, w] of each level, finest first."""
+        found = {}
+        for frame in sorted(set(frames)):
+            if frame not in found:
+                found.update(self._cached_or_computed(clip, frame))
+        return [torch.cat(maps) for maps in zip(*(found[frame] for frame in frames), strict=True)]
+
+    def _cached_or_computed(self, clip: Clip, frame: int) -> dict[int, list[Tensor]]:
+        key = (clip.clip_id, frame)
+        if key in self._features:
+            self._features.move_to_end(key)
+            return {frame: self._features[key]}
+        # Neighbours will be asked for next, and together they cost less.
+        first = frame - frame % self.frames_together
+        block = range(first, min(first + self.frames_together, clip.frames))
+        missing = [index for index in block if (clip.clip_id, index) not in self._features]
+        images = np.stack([clip.frame(index, self.image_size) for index in missing])
+        levels = self.model.forward_image(_normalise(torch.from_numpy(images).to(self.model.device)))["backbone_fpn"]
+        levels = levels[-self.model.num_feature_levels :]
+        computed = {index: [level[n : n + 1].clone() for level in levels] for n, index in enumerate(missing)}
+        for index, maps in computed.items():
+            self._features[clip.clip_id, index] = maps
+            self._held_bytes += _bytes(maps)
+        while self._held_bytes > self.feature_bytes and self._features:
+            self._held_bytes -= _bytes(self._features.popitem(last=False)[1])
+        return computed
+
+
+def _normalise(images: Tensor) -> Tensor:
+    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S] as sam2's loaders of video frames do."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (_MEAN, _STD))
+    return (images.movedim(-1, 1).float() / 255 - mean) / std
+
+
+def _bytes(maps: list[Tensor]) -> int:
+    return sum(level.nbytes for level in maps)

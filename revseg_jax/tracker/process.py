@@ -1,0 +1,65 @@
+"""Starts a sidecar as a process of its own on this machine, for commands that were given no endpoint."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from revseg_jax.errors import InputError, RunFailure
+
+READY = "sidecar serving on "
+STOP_SECONDS = 70.0  # a little more than the sidecar takes to drain
+
+
+@contextmanager
+def run_sidecar(
+    checkpoint: str = "embedded",
+    config: str = "embedded",
+    device: str = "auto",
+    threads: int | None = None,
+    port: int = 0,
+    log: Path | None = None,
+) -> Iterator[str]:
+    """Yields the endpoint "127.0.0.1:port" of a sidecar that serves; it ends with the block, or with this process.
+
+    port 0 takes any free one. log: where its stderr goes (None: an unnamed file).
+
+    Raises InputError or RunFailure with the sidecar's own last line when it does not come up.
+    """
+    arguments = {"checkpoint": checkpoint, "config": config, "device": device, "port": port, "parent": os.getpid()}
+    command = [sys.executable, "-m", "revseg_jax.tracker.sidecar"]
+    command += [f"--{name}={value}" for name, value in arguments.items()]
+    environment = dict(os.environ)
+    if threads is not None:
+        command.append(f"--threads={threads}")
+        environment["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded, or its libraries start more
+    with open(log, "w+b") if log else tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True
+        )
+        try:
+            line = process.stdout.readline()
+            if not line.startswith(READY):
+                raise _failure(process.wait(), stderr)
+            yield line.removeprefix(READY).strip()
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
+
+def _failure(code: int, stderr) -> InputError | RunFailure:
+    stderr.seek(0)
+    lines = stderr.read().decode(errors="replace").strip().splitlines()
+    reason = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+    kind = InputError if code == 2 else RunFailure
+    return kind(f"the tracker sidecar did not start: {reason}")

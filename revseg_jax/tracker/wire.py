@@ -1,0 +1,56 @@
+"""What client and sidecar must agree on: names of clips by content, masks as RLE, sizes of messages. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+PIECE_BYTES = 1 << 20  # frames travel in pieces of at most this size
+MESSAGE_BYTES = 4 << 20  # the largest request a sidecar takes
+REPLY_BYTES = 64 << 20  # the largest reply a client takes
+
+
+class ClipHash:
+    """Names a clip by its content, frame by frame: SHA-256 over the header's sizes and every frame with its length."""
+
+    def __init__(self, height: int, width: int, encoding: int, frame_height: int, frame_width: int):
+        self._hash = hashlib.sha256(struct.pack("<5Q", height, width, encoding, frame_height, frame_width))
+
+    def add(self, frame: bytes) -> None:
+        self._hash.update(struct.pack("<Q", len(frame)))
+        self._hash.update(frame)
+
+    def name(self) -> str:
+        return self._hash.hexdigest()
+
+
+def truth_hash(counts: Sequence[bytes]) -> str:
+    """Names the truth of a clip: SHA-256 over the RLE counts of every frame with their lengths."""
+    digest = hashlib.sha256()
+    for run_lengths in counts:
+        digest.update(struct.pack("<Q", len(run_lengths)))
+        digest.update(run_lengths)
+    return digest.hexdigest()
+
+
+def encode_masks(masks: np.ndarray) -> list[bytes]:
+    """bool [N, H, W] -> COCO compressed RLE counts, one a mask."""
+    column_major = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
+    return [rle["counts"] for rle in coco_mask.encode(column_major)]
+
+
+def decode_masks(counts: Iterable[bytes], height: int, width: int) -> np.ndarray:
+    """COCO compressed RLE counts -> bool [N, H, W]; empty counts are an empty mask.
+
+    Raises ValueError when counts do not describe a mask of this size.
+    """
+    counts = list(counts)
+    masks = np.zeros((len(counts), height, width), bool)
+    for index, run_lengths in enumerate(counts):
+        if run_lengths:
+            masks[index] = coco_mask.decode({"size": [height, width], "counts": run_lengths})
+    return masks
