@@ -1,0 +1,79 @@
+"""Random access to the (video, expression) pairs of prepared folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from revseg_jax.data.clip import Clip
+from revseg_jax.data.prepared import read_prepared
+from revseg_jax.data.records import clip_of
+from revseg_jax.errors import InputError
+
+
+class ClipSource:
+    """`len(source)` pairs; `source[i]` is a Clip with all its frames, still encoded, and masks.
+
+    Pairs are ordered by folder, video and expression. Files are opened on first use, so that a source can be sent to
+    worker processes; the last record is kept, since neighbouring pairs often share their video.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], split: str) -> None:
+        if not folders:
+            raise InputError("no dataset folders given")
+        self.folders, self.split = [str(folder) for folder in folders], split
+        self.fingerprints: list[str] = []
+        videos: list[tuple[int, int]] = []  # (folder, record) of each video
+        counts: list[int] = []
+        for number, folder in enumerate(self.folders):
+            prepared = read_prepared(folder)
+            if split not in prepared["expressions"]:
+                there = ", ".join(prepared["expressions"])
+                raise InputError(f"{folder} has no split {split!r}, only {there}")
+            expressions = prepared["expressions"][split]
+            videos += [(number, record) for record in range(len(expressions))]
+            counts += expressions
+            self.fingerprints.append(prepared["fingerprint"])
+        self._videos, self._ends = videos, np.cumsum(counts, dtype=np.int64)
+        self._starts = self._ends - counts
+        if len(self) == 0:
+            raise InputError(f"the split {split!r} of {', '.join(self.folders)} has no expressions")
+        self._readers: dict = {}
+        self._last: tuple[int, dict] | None = None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Clip:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        video = int(np.searchsorted(self._ends, index, side="right"))
+        return clip_of(self._record(video), int(index - self._starts[video]))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_readers": {}, "_last": None}
+
+    def __repr__(self) -> str:
+        return f"ClipSource({self.folders}, {self.split!r})"
+
+    def _record(self, video: int) -> dict:
+        last = self._last  # one read of the attribute: other threads may replace it meanwhile
+        if last is not None and last[0] == video:
+            return last[1]
+        folder, position = self._videos[video]
+        if folder not in self._readers:
+            self._readers[folder] = _open(self.folders[folder], self.split)
+        record = self._readers[folder][position]
+        self._last = (video, record)
+        return record
+
+
+def _open(folder: str, split: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(folder).as_data_source(split)
+    except Exception as error:  # TFDS raises many kinds; all mean that the folder's files are damaged
+        raise InputError(f"{folder}: the array_record files of {split!r} cannot be opened: {error}") from None
