@@ -93,8 +93,8 @@ class Clip:
         for index, run_lengths in enumerate(counts):
             try:
                 decode_masks([run_lengths], self.height, self.width)
-            except Exception:  # pycocotools raises bare Exceptions
-                raise InputError(f"truth: mask {index} is not an RLE of {self.height} x {self.width}") from None
+            except InputError as error:
+                raise InputError(f"truth: mask {index}: {error}") from None
         with self.lock:
             self.truths[truth_id] = tuple(counts)
             while len(self.truths) > limits.max_truths:

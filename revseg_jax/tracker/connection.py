@@ -68,7 +68,12 @@ class Endpoint:
             missing_clip, missing_truth = not reply.clip_held, bool(header.truth_id) and not reply.truth_held
         clip_id = header.clip_id
         if missing_clip or missing_truth:
-            clip_id = self.stub.PutClip(upload.messages(missing_clip, missing_truth), timeout=timeout).clip_id
+            try:
+                clip_id = self.stub.PutClip(upload.messages(missing_clip, missing_truth), timeout=timeout).clip_id
+            except grpc.RpcError:
+                if upload.failures:
+                    raise upload.failures.pop() from None
+                raise
         if header.clip_id:
             if len(self._held) >= REMEMBERED_CLIPS:
                 self._held.clear()

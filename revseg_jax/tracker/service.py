@@ -63,7 +63,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
                 else:
                     raise InputError("part: frames or truth must follow the header")
             clip_id = header.clip_id
-            if len(writer.offsets) > 1:
+            if writer.pending or len(writer.offsets) > 1:
                 clip = self.store.put(writer.close(clip_id))
                 clip_id = clip.clip_id
             try:

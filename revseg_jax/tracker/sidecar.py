@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -94,12 +95,11 @@ def _bind(host: str, port: int) -> tuple[grpc.Server, int]:
     ]
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), options=options)
     try:
-        taken = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    except RuntimeError:
-        taken = 0
-    if not taken:
-        raise RunFailure(f"the sidecar cannot listen on {host}:{port}; is the port in use? (--port 0 takes a free one)")
-    return server, taken
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass  # gRPC would print lines of its own when it cannot have the port
+        return server, server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except (OSError, OverflowError, RuntimeError) as error:
+        raise RunFailure(f"the sidecar cannot listen on {host}:{port} (--port 0 takes a free one): {error}") from None
 
 
 def _follow(parent: int, stop: threading.Event) -> None:

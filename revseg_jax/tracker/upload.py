@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -26,14 +26,21 @@ class Upload:
     count: int
     size: int  # bytes of all frames together
     truth: tuple[bytes, ...] = ()
+    failures: list[Exception] = field(default_factory=list)  # of reading the frames; gRPC would swallow them
 
     def messages(self, with_frames: bool = True, with_truth: bool = True) -> Iterator[pb.PutClipRequest]:
+        """When the frames cannot be read, keeps the error in `failures` and sends what makes the sidecar refuse."""
         yield pb.PutClipRequest(header=self.header)
-        for frame in self.frames() if with_frames else ():
-            for start in range(0, len(frame), PIECE_BYTES):
-                piece = frame[start : start + PIECE_BYTES]
-                last = start + PIECE_BYTES >= len(frame)
-                yield pb.PutClipRequest(piece=pb.FramePiece(data=piece, last=last))
+        if with_frames:
+            try:
+                for frame in self.frames():
+                    for start in range(0, len(frame), PIECE_BYTES):
+                        piece, last = frame[start : start + PIECE_BYTES], start + PIECE_BYTES >= len(frame)
+                        yield pb.PutClipRequest(piece=pb.FramePiece(data=piece, last=last))
+            except Exception as error:
+                self.failures.append(error)
+                yield pb.PutClipRequest()
+                return
         if with_truth:
             for part in _parts(self.truth):
                 yield pb.PutClipRequest(truth=pb.Truth(counts=part))

@@ -1,0 +1,627 @@
+"""The tracker sidecar as a process of its own, against the sam2 package's own predictor, and when things go wrong.
+
+The model is the embedded architecture with random weights, enlarged until masks, memories and the verdict on absence
+all matter: the trained one would forgive small mistakes.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import sam2.sam2_video_predictor
+import sam2.utils.misc
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+
+from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.evaluation.metrics import j_and_f
+from revseg_jax.tracker import TrackerClient, check
+from revseg_jax.tracker import tracker_pb2 as pb
+from revseg_jax.tracker.client import Scores
+from revseg_jax.tracker.clips import Clip, ClipWriter, Limits
+from revseg_jax.tracker.connection import Endpoint
+from revseg_jax.tracker.engine import Engine
+from revseg_jax.tracker.model import EMBEDDED, build_tracker
+from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.propagation import Chain, plan, propagate
+from revseg_jax.tracker.upload import clip_upload
+from revseg_jax.tracker.wire import decode_masks, encode_masks
+
+HEIGHT, WIDTH, FRAMES = 96, 150, 11
+BOX = (20.0, 20.0, 70.0, 60.0)
+
+
+def moving_shapes(frames: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    clip = rng.integers(0, 60, (1, height, width, 3), dtype=np.uint8).repeat(frames, axis=0)
+    for t in range(frames):
+        clip[t][(x - 20 - 9 * t) ** 2 + (y - 50) ** 2 < 18**2] = (220, 40, 40)
+        clip[t][(abs(x - width + 30 + 7 * t) < 14) & (abs(y - 15 - 5 * t) < 12)] = (40, 60, 230)
+    return clip
+
+
+def jpegs(clip: np.ndarray) -> list[bytes]:
+    encoded = []
+    for frame in clip:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=95)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def some_prompts(count: int, frames: int, seed: int = 0) -> list[tuple[int, tuple[float, ...]]]:
+    rng = np.random.default_rng(seed)
+    keyframes = [0, frames - 1, *rng.integers(0, frames, count).tolist()][:count]
+    corners = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
+    sides = rng.uniform(12, 39, (count, 2))
+    return [
+        (k, tuple(map(float, np.float32([*corner, *(corner + side)]))))
+        for k, corner, side in zip(keyframes, corners, sides, strict=True)
+    ]
+
+
+def stock_logits(model, folder: Path, prompts) -> np.ndarray:
+    """float32 [P, T, H, W] by the package's own calls on a folder of JPEG images."""
+    state = model.init_state(str(folder))
+    results = []
+    for keyframe, box in prompts:
+        model.reset_state(state)
+        model.add_new_points_or_box(state, keyframe, obj_id=1, box=np.array(box, np.float32))
+        found = {}
+        for reverse in (False, True):
+            for frame, _, logits in model.propagate_in_video(state, keyframe, reverse=reverse):
+                found[frame] = logits[0, 0].numpy()
+        results.append([found[frame] for frame in range(state["num_frames"])])
+    return np.array(results)
+
+
+def assert_same(masks: np.ndarray, logits: np.ndarray) -> None:
+    """Equal masks. A pixel whose logit is zero to float32's precision may fall on either side."""
+    different = masks != (logits > 0)
+    assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
+
+
+def write_folder(folder: Path, frames: list[bytes]) -> Path:
+    folder.mkdir()
+    for index, frame in enumerate(frames):
+        (folder / f"{index:05d}.jpg").write_bytes(frame)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    torch.set_num_threads(1)
+    sam2.sam2_video_predictor.tqdm = sam2.utils.misc.tqdm = lambda frames, **_: frames
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    """The embedded architecture with all the options of the published ones."""
+    tree = OmegaConf.load(EMBEDDED / "tracker.yaml")
+    tree.model.multimask_output_in_sam = tree.model.multimask_output_for_tracking = True
+    path = tmp_path_factory.mktemp("config") / "tracker.yaml"
+    OmegaConf.save(tree, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    torch.manual_seed(0)
+    model = build_tracker(config, None)
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if value.dim() >= 2 and "pos_embed" not in name:
+            value *= 1.3
+    model.load_state_dict(weights)
+    # Shift the object score so that it is below zero for a quarter of what is tracked.
+    head = model.sam_mask_decoder.pred_obj_score_head
+    for quantile in (0.0, 0.25):
+        scores = []
+        hook = head.register_forward_hook(lambda *a, scores=scores: scores.append(a[2].flatten()))
+        engine = Engine(model)
+        for _ in engine.track(stored(moving_shapes(FRAMES)), some_prompts(6, FRAMES)):
+            pass
+        hook.remove()
+        with torch.no_grad():
+            head.layers[-1].bias -= torch.quantile(torch.cat(scores), quantile) - 1e-3
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def endpoint(checkpoint, config):
+    with run_sidecar(checkpoint=str(checkpoint), config=str(config), threads=1) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def client(endpoint):
+    with TrackerClient([endpoint]) as client:
+        yield client
+
+
+def stored(clip: np.ndarray | list[bytes]) -> Clip:
+    """The clip as a sidecar holds it."""
+    upload = clip_upload(clip, image_size=10**6)
+    h = upload.header
+    writer = ClipWriter(h.height, h.width, h.encoding, h.frame_height, h.frame_width, Limits())
+    for frame in upload.frames():
+        writer.add(frame, last=True)
+    return writer.close(h.clip_id)
+
+
+# --- what a prompt remembers
+
+
+@given(total=st.integers(1, 30), data=st.data(), reach=st.integers(1, 8))
+def test_a_chain_visits_each_frame_once_and_remembers_what_sam2_looks_up(total, data, reach):
+    keyframe = data.draw(st.integers(0, total - 1))
+    chain = Chain(keyframe, total - 1 - keyframe, keyframe)
+    assert [chain.frame(s) for s in range(len(chain))] == [*range(keyframe, total), *range(keyframe - 1, -1, -1)]
+    visited: dict[int, int] = {}  # frame -> step, without the keyframe, as in sam2's non_cond_frame_outputs
+    asked = set()
+    for step in range(len(chain)):
+        frame = chain.frame(step)
+        direction = -1 if step > chain.forward else 1
+        if step:
+            behind = ((d, frame - direction * d) for d in range(reach, 0, -1))
+            expected = [(d, visited[f]) for d, f in behind if f in visited]
+            assert chain.sources(step, reach) == expected
+            asked |= {0, *(source for _, source in expected)}
+            visited[frame] = step
+    assert [chain.asked_for(s, reach) for s in range(len(chain))] == [s in asked for s in range(len(chain))]
+
+
+@given(total=st.integers(1, 40), data=st.data())
+def test_a_chain_for_some_frames_has_the_memories_of_the_whole(model, total, data):
+    keyframe = data.draw(st.integers(0, total - 1))
+    wanted = data.draw(st.sets(st.integers(0, total - 1), min_size=1))
+    short, whole = plan(model, total, keyframe, sorted(wanted)), plan(model, total, keyframe)
+    assert len(whole) == total
+    visits = {short.frame(s): s for s in range(len(short))}
+    assert wanted <= visits.keys()
+    for frame in wanted - {keyframe}:
+        full_step = next(s for s in range(len(whole)) if whole.frame(s) == frame)
+        for reach in (model.num_maskmem - 1, min(total, model.max_obj_ptrs_in_encoder) - 1):
+            remembered = [(d, short.frame(s)) for d, s in short.sources(visits[frame], reach)]
+            assert remembered == [(d, whole.frame(s)) for d, s in whole.sources(full_step, reach)]
+
+
+# --- masks on the wire
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_masks_survive_the_wire(height, width, density, seed):
+    masks = np.random.default_rng(seed).random((2, height, width)) < density
+    masks[1] = np.cumsum(masks[1], axis=1) % 2  # longer runs
+    np.testing.assert_array_equal(decode_masks(encode_masks(masks), height, width), masks)
+
+
+@given(
+    st.binary(min_size=1, max_size=30) | st.text("0123456789:;<=>?@ABCDEFGNOPQRVZ_abcdo", min_size=1).map(str.encode)
+)
+def test_run_lengths_from_outside_are_a_mask_or_refused(counts):
+    try:
+        mask = decode_masks([counts], 5, 7)
+    except InputError:
+        return
+    assert mask.shape == (1, 5, 7)
+
+
+# --- equal to the package's own predictor
+
+
+@pytest.mark.parametrize(("frames", "count"), [(FRAMES, 8), (20, 3), (2, 3), (1, 2)])
+def test_masks_are_those_of_the_stock_predictor(client, model, tmp_path, frames, count):
+    clip, prompts = jpegs(moving_shapes(frames)), some_prompts(count, frames)
+    masks = client.track(clip, prompts)
+    assert masks.shape == (count, frames, HEIGHT, WIDTH) and masks.dtype == bool
+    expected = stock_logits(model, write_folder(tmp_path / "clip", clip), prompts)
+    assert_same(masks, expected)
+    if frames == FRAMES:  # the comparison means something
+        present = (expected > 0).any((2, 3)).mean()
+        assert 0.3 < present < 1 and 0.02 < masks.mean() < 0.9, (present, masks.mean())
+
+
+def test_logits_are_those_of_the_stock_predictor(model, tmp_path):
+    frames, prompts = jpegs(moving_shapes(FRAMES, seed=3)), some_prompts(5, FRAMES, seed=3)
+    clip, engine = stored(frames), Engine(model)
+    found = np.zeros((5, FRAMES, HEIGHT, WIDTH), np.float32)
+    size = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    boxes = torch.tensor([box for _, box in prompts]) / size * model.image_size
+    chains = [plan(model, FRAMES, keyframe) for keyframe, _ in prompts]
+    for rows, at, logits in propagate(model, FRAMES, lambda f: engine._look_up(clip, f), chains, boxes):
+        found[rows, at] = torch.nn.functional.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear")[:, 0]
+    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_absent_objects_and_the_order_of_prompts(client, model, tmp_path):
+    clip, prompts = moving_shapes(FRAMES), some_prompts(5, FRAMES)
+    masks = client.track(clip, prompts)
+    shuffled = [3, 0, 4, 0, 2, 1]  # one of them twice
+    assert (client.track(clip, [prompts[n] for n in shuffled]) != masks[shuffled]).sum() <= 3
+
+
+@pytest.mark.skipif(not (EMBEDDED / "tracker.safetensors").exists(), reason="the trained weights are not there")
+def test_the_embedded_tracker_equals_the_stock_predictor(tmp_path):
+    model, frames = build_tracker(), jpegs(moving_shapes(FRAMES))
+    prompts = [
+        (0, (2.0, 32.0, 38.0, 68.0)),
+        (5, (47.0, 32.0, 83.0, 68.0)),
+        (10, (92.0, 32.0, 128.0, 68.0)),
+        *some_prompts(2, FRAMES),
+    ]
+    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
+    masks = np.zeros(expected.shape, bool)
+    for which, at, found in Engine(model).track(stored(frames), prompts):
+        masks[which, at] = found
+    assert_same(masks, expected)
+
+
+def test_large_batches_are_split(model):
+    """More prompts than go through the model together give what they give alone."""
+    clip, prompts, engine = stored(moving_shapes(4)), some_prompts(7, 4), Engine(model)
+    masks = np.zeros((2, 7, 4, HEIGHT, WIDTH), bool)
+    for n, together in enumerate((64, 3)):
+        engine.prompts_together = together
+        for which, at, found in engine.track(clip, prompts):
+            assert len(which) <= together
+            masks[n, which, at] = found
+    assert (masks[0] != masks[1]).sum() <= 3
+
+
+def test_features_are_computed_once_a_frame_within_the_limit(model, monkeypatch):
+    clip, seen = stored(moving_shapes(12)), []
+    forward = model.forward_image
+    monkeypatch.setattr(model, "forward_image", lambda images: seen.append(len(images)) or forward(images))
+    engine = Engine(model)
+    first = [masks for *_, masks in engine.track(clip, some_prompts(2, 12))]
+    assert sum(seen) == 12
+    list(engine.track(clip, some_prompts(3, 12, seed=9)))
+    assert sum(seen) == 12
+    a_frame = engine._held_bytes // 12
+    small = Engine(model, feature_bytes=4 * a_frame)
+    small.frames_together = 2
+    again = []
+    for *_, masks in small.track(clip, some_prompts(2, 12)):
+        again.append(masks)
+        assert small._held_bytes <= 4 * a_frame and len(small._features) <= 4
+    assert sum(seen) > 12 + 12
+    assert all((a != b).sum() <= 3 for a, b in zip(first, again, strict=True))
+
+
+def test_a_config_that_tracks_otherwise_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "memory_temporal_stride_for_eval", 2)
+    with pytest.raises(InputError, match="memory_temporal_stride_for_eval"):
+        Engine(model)
+
+
+# --- the service
+
+
+def test_some_frames_only(client):
+    clip, prompts = moving_shapes(FRAMES), some_prompts(5, FRAMES)
+    whole = client.track(clip, prompts)
+    for frames in ([4], [7, 2], list(range(FRAMES))):
+        assert (client.track(clip, prompts, frames=frames) != whole[:, frames]).sum() <= 3
+    assert client.track(clip, prompts, frames=[]).shape == (5, 0, HEIGHT, WIDTH)
+    assert client.track(clip, []).shape == (0, FRAMES, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (300, 200)])  # smaller and larger than the model's frames
+def test_jpeg_images_and_their_pixels_give_the_same(client, size):
+    images = jpegs(moving_shapes(5, *size))
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in images])
+    prompts = [(2, BOX), (0, (5.0, 5.0, 90.0, 80.0))]
+    masks = client.track(images, prompts)
+    assert masks.shape == (2, 5, *size)
+    np.testing.assert_array_equal(client.track(pixels, prompts), masks)
+
+
+def test_a_streamed_clip_gives_the_same(client):
+    clip, prompts = moving_shapes(FRAMES), some_prompts(3, FRAMES)
+    masks, seen = client.track(clip, prompts), []
+    for prompt, frame, mask in client.track_stream(lambda: iter(clip), prompts):
+        np.testing.assert_array_equal(mask, masks[prompt, frame])
+        seen.append((prompt, frame))
+    assert sorted(seen) == [(p, t) for p in range(3) for t in range(FRAMES)]
+    keyframe = prompts[2][0]
+    assert [t for p, t in seen if p == 2] == [*range(keyframe, FRAMES), *range(keyframe - 1, -1, -1)]
+    with pytest.raises(InputError, match="no frames"):
+        next(client.track_stream(lambda: iter(()), prompts))
+    with pytest.raises(InputError, match="one size"):
+        next(client.track_stream(lambda: iter([clip[0], clip[1, :-1]]), prompts))
+
+
+def test_scores_are_those_of_the_masks(client):
+    clip, prompts = moving_shapes(FRAMES), some_prompts(4, FRAMES)
+    prompts.append(prompts[0])
+    truth = np.zeros((FRAMES, HEIGHT, WIDTH), bool)
+    truth[:9, 10:60, 20:80] = True  # absent at the end
+    masks, scores = client.track(clip, prompts), client.score(clip, prompts, truth)
+    for n in range(5):
+        j, f = j_and_f(masks[n], truth)
+        np.testing.assert_allclose(scores.j_per_frame[n], j, atol=1e-3)
+        np.testing.assert_allclose(scores.f_per_frame[n], f, atol=1e-2)
+    np.testing.assert_allclose(scores.j, scores.j_per_frame.mean(1))
+    np.testing.assert_allclose(scores.f, scores.f_per_frame.mean(1))
+    assert scores.j[4] == scores.j[0] and len(set(scores.j)) > 2
+    some = client.score(clip, prompts, truth, frames=[8, 3], contour=False)
+    np.testing.assert_allclose(some.j_per_frame, scores.j_per_frame[:, [8, 3]], atol=1e-3)
+    assert np.isnan(some.f).all() and np.isnan(some.f_per_frame).all()
+    rles = [{"size": [HEIGHT, WIDTH], "counts": c} if t < 9 else None for t, c in enumerate(encode_masks(truth))]
+    assert_equal(client.score(clip, prompts, rles), scores)
+    other = client.score(clip, prompts, ~truth)  # another truth of the same clip
+    assert (other.j_per_frame[:, :9] < 1).all() and not np.allclose(other.j, scores.j)
+    assert client.score(clip, [], truth).j_per_frame.shape == (0, FRAMES)
+
+
+def assert_equal(a: Scores, b: Scores) -> None:
+    for name in ("j", "f", "j_per_frame", "f_per_frame"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_many_callers_at_once(client):
+    clips = [moving_shapes(4, seed=seed) for seed in range(3)]
+    truth = np.ones((4, HEIGHT, WIDTH), bool)
+    alone = [client.score(clip, some_prompts(3, 4), truth) for clip in clips]
+    futures = [client.score_async(clips[n % 3], some_prompts(3, 4), truth) for n in range(12)]
+    for n, future in enumerate(futures):
+        assert_equal(future.result(60), alone[n % 3])
+
+
+def test_an_evicted_clip_is_put_again(endpoint):
+    with TrackerClient([endpoint]) as client:
+        clip = moving_shapes(3)
+        masks = client.track(clip, [(1, BOX)])
+        crowd = Endpoint(endpoint)
+        for n in range(Limits().max_clips + 1):
+            upload = clip_upload(np.full((1, 2, 2, 3), [n % 256, n // 256, 7], np.uint8), 128)
+            crowd.put(upload, 10.0)
+        assert client.info().clips_held == Limits().max_clips
+        with pytest.raises(grpc.RpcError) as gone:
+            list(crowd.stub.Track(pb.TrackRequest(clip_id=clip_upload(clip, 128).header.clip_id)))
+        assert gone.value.code() == grpc.StatusCode.NOT_FOUND
+        np.testing.assert_array_equal(client.track(clip, [(1, BOX)]), masks)
+        crowd.channel.close()
+
+
+def test_a_held_clip_costs_one_small_message(endpoint):
+    upload = clip_upload(np.random.default_rng(1).integers(0, 255, (8, 100, 100, 3), dtype=np.uint8), 128)
+    one, other = Endpoint(endpoint), Endpoint(endpoint)
+    one.put(upload, 10.0)
+    sent = []
+    put = other.stub.PutClip
+    other.stub.PutClip = lambda messages, **k: put((sent.append(m.ByteSize()) or m for m in messages), **k)
+    assert other.put(upload, 10.0) == upload.header.clip_id
+    assert len(sent) == 1 and sent[0] < 300
+    other.put(upload, 10.0)
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ((-1, BOX), "keyframe"),
+        ((3, BOX), "keyframe"),
+        ((2**40, BOX), "keyframe"),
+        ((1, (10.0, 10.0, float("nan"), 20.0)), "box"),
+        ((1, (10.0, 10.0, float("inf"), 20.0)), "box"),
+        ((1, (10.0, 10.0, 10.0, 20.0)), "box"),
+        ((1, (30.0, 10.0, 10.0, 20.0)), "box"),
+        ((1, (WIDTH, 10.0, WIDTH + 9, 20.0)), "box"),
+        ((1, (1.0, 2.0, 3.0)), "prompt"),
+        ((1, None), "prompt"),
+    ],
+)
+def test_bad_prompts_are_named(client, prompt, says):
+    with pytest.raises(InputError, match=says) as error:
+        client.track(moving_shapes(3), [(0, BOX), prompt])
+    assert "\n" not in str(error.value)
+    assert client.track(moving_shapes(3), [(0, BOX)]).shape[0] == 1
+
+
+def test_bad_clips_and_truths_are_named(client):
+    clip, truth = moving_shapes(3), np.zeros((3, HEIGHT, WIDTH), bool)
+    image = jpegs(clip)
+    for frames in (clip[:0], clip[..., :2], clip.astype(np.float32), clip[0], [], [b""], ["x"], [b"not a jpeg"]):
+        with pytest.raises(InputError, match="clip"):
+            client.track(frames, [(0, BOX)])
+    with pytest.raises(InputError, match="frame 1: not a JPEG"):
+        client.track([image[0], b"not a jpeg"], [(0, BOX)])
+    with pytest.raises(InputError, match="frame 1: 4 x 4 pixels"):
+        client.track([image[0], *jpegs(np.zeros((1, 4, 4, 3), np.uint8))], [(0, BOX)])
+    with pytest.raises(InputError, match="frame 2 cannot be decoded"):
+        client.track([*image[:2], image[2][: len(image[2]) // 2]], [(0, BOX)])
+    for bad in (truth[:2], truth[:, 1:], truth.astype(np.uint8), [None, None], [{"size": [4, 4], "counts": b"@0"}] * 3):
+        with pytest.raises(InputError, match="truth"):
+            client.score(clip, [(0, BOX)], bad)
+    with pytest.raises(InputError, match="truth: mask 1: not an RLE"):
+        client.score(clip, [(0, BOX)], [None, {"size": [HEIGHT, WIDTH], "counts": b"zzzz"}, None])
+    for frames in ([3], [1, 1], [-1]):
+        with pytest.raises(InputError, match="frames"):
+            client.track(clip, [(0, BOX)], frames=frames)
+
+
+def test_requests_no_client_of_ours_would_send(endpoint):
+    stub, rgb = Endpoint(endpoint).stub, dict(encoding=pb.RGB, height=2, width=2, frame_height=2, frame_width=2)
+    piece = pb.PutClipRequest(piece=pb.FramePiece(data=bytes(12), last=True))
+
+    def put(*parts, **header):
+        header = pb.PutClipRequest(header=pb.ClipHeader(**{**rgb, **header}))
+        return stub.PutClip(iter([header, *parts]))
+
+    refused = {
+        "header": lambda: stub.PutClip(iter([piece])),
+        "header: ": lambda: stub.PutClip(iter([])),
+        "clip_id": lambda: put(piece, clip_id="0" * 64),
+        "encoding": lambda: put(piece, encoding=0),
+        "height, width": lambda: put(piece, height=2**31, width=2**31),
+        "frame_height": lambda: put(piece, frame_height=0),
+        "frame 0: 3 bytes": lambda: put(pb.PutClipRequest(piece=pb.FramePiece(data=b"abc", last=True))),
+        "frame 0: longer": lambda: put(pb.PutClipRequest(piece=pb.FramePiece(data=bytes(13)))),
+        "frame 0: its last piece": lambda: put(pb.PutClipRequest(piece=pb.FramePiece(data=b"abc"))),
+        "truth: 2 masks": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b"", b""])), truth_id="a"),
+        "truth_id": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b""])), truth_id="a"),
+        "part": lambda: put(pb.PutClipRequest()),
+        "prompts: 0": lambda: list(stub.Track(pb.TrackRequest(clip_id=put(piece).clip_id))),
+        "prompts: 1025": lambda: stub.Score(
+            pb.ScoreRequest(clip_id=put(piece).clip_id, prompts=[pb.Prompt(x2=1, y2=1)] * 1025)
+        ),
+    }
+    for says, ask in refused.items():
+        with pytest.raises(grpc.RpcError) as error:
+            ask()
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT and error.value.details().startswith(says)
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Score(pb.ScoreRequest(clip_id=put(piece).clip_id, truth_id="no", prompts=[pb.Prompt(x2=1, y2=1)]))
+    assert error.value.code() == grpc.StatusCode.NOT_FOUND
+    assert put(piece).clip_held
+
+
+def test_the_client_needs_no_torch():
+    code = (
+        "import sys, revseg_jax.tracker, revseg_jax.tracker.process; print({'torch', 'jax', 'sam2'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_the_generated_code_is_that_of_the_proto(tmp_path):
+    protoc = pytest.importorskip("grpc_tools.protoc")
+    root, proto = Path(__file__).parents[1], "revseg_jax/tracker/tracker.proto"
+    assert protoc.main(["", f"-I{root}", f"--descriptor_set_out={tmp_path / 'set'}", proto]) == 0
+    from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+
+    committed = FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(committed)
+    fresh = FileDescriptorSet.FromString((tmp_path / "set").read_bytes()).file[0]
+    fresh.ClearField("source_code_info")
+    for message in fresh.message_type:  # protoc fills in names that the Python runtime leaves out
+        for field in [*message.field, *(f for nested in message.nested_type for f in nested.field)]:
+            field.ClearField("json_name")
+    for message in committed.message_type:
+        for field in [*message.field, *(f for nested in message.nested_type for f in nested.field)]:
+            field.ClearField("json_name")
+    assert fresh == committed
+
+
+# --- processes that come and go
+
+
+def test_a_sidecar_that_is_not_there(tmp_path):
+    began = time.monotonic()
+    with TrackerClient(["127.0.0.1:1"], patience_seconds=0.5) as client:
+        with pytest.raises(RunFailure, match=r"127\.0\.0\.1:1 .*`revseg sidecar --port 1`$"):
+            client.track(moving_shapes(2), [(0, BOX)])
+    assert time.monotonic() - began < 5
+    assert not check("127.0.0.1", 1)
+    with pytest.raises(InputError, match="host:port"):
+        TrackerClient(["localhost"])
+    with pytest.raises(InputError, match="host:port"):
+        TrackerClient([])
+
+
+def test_a_dead_sidecar_is_left_out(endpoint):
+    with TrackerClient(["127.0.0.1:1", endpoint, "127.0.0.1:2"]) as client:
+        for seed in range(4):
+            assert client.track(moving_shapes(1, seed=seed), [(0, BOX)]).shape == (1, 1, HEIGHT, WIDTH)
+
+
+def start(checkpoint: Path, config: Path, port: int = 0, wait: bool = True) -> tuple[subprocess.Popen, int]:
+    command = [sys.executable, "-m", "revseg_jax.tracker.sidecar", f"--port={port}", "--threads=1"]
+    process = subprocess.Popen(
+        [*command, f"--checkpoint={checkpoint}", f"--config={config}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if wait:
+        port = int(process.stdout.readline().rpartition(":")[2])
+    return process, port
+
+
+def test_killed_started_again_and_drained(checkpoint, config):
+    clip, prompts = moving_shapes(16), some_prompts(64, 16)
+    truth = np.ones((16, HEIGHT, WIDTH), bool)
+    process, port = start(checkpoint, config)
+    try:
+        with TrackerClient([f"127.0.0.1:{port}"]) as client:
+            few = client.score(clip, prompts[:2], truth)
+            pending = client.score_async(clip, prompts, truth)
+            time.sleep(0.3)
+            assert not pending.done()
+            process.kill()
+            process.wait()
+            assert not check("127.0.0.1", port)
+            process, _ = start(checkpoint, config, port)
+            assert_equal(client.score(clip, prompts[:2], truth), few)
+            first = pending.result(60)  # asked again by itself
+            assert check("127.0.0.1", port)
+
+            pending = client.score_async(clip, prompts, truth)
+            time.sleep(0.3)
+            assert not pending.done()
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert not check("127.0.0.1", port)  # it says NOT_SERVING
+            with TrackerClient([f"127.0.0.1:{port}"], patience_seconds=0.2) as late:
+                with pytest.raises(RunFailure):
+                    late.track(clip, prompts[:1])
+            assert not pending.done()
+            assert_equal(pending.result(60), first)
+            assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+def test_a_taken_port_and_an_orphan(checkpoint, config, endpoint):
+    port = int(endpoint.rpartition(":")[2])
+    taken, _ = start(checkpoint, config, port, wait=False)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, str(checkpoint), str(config)], stdout=subprocess.PIPE, text=True
+    )
+    out, err = taken.communicate(timeout=60)
+    assert taken.returncode == 1 and out == "" and err.count("\n") == 1 and str(port) in err
+    orphan = int(parent.stdout.readline().rpartition(":")[2])
+    assert check("127.0.0.1", orphan)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while check("127.0.0.1", orphan, seconds=1.0):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+_PARENT = """
+import sys, time
+from revseg_jax.tracker.process import run_sidecar
+with run_sidecar(checkpoint=sys.argv[1], config=sys.argv[2], threads=1) as endpoint:
+    print(endpoint, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_sidecar_that_does_not_come_up(tmp_path, config):
+    with pytest.raises(InputError, match="did not start: .*nothing.safetensors"):
+        with run_sidecar(checkpoint=str(tmp_path / "nothing.safetensors"), config=str(config)):
+            pass
