@@ -149,6 +149,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     try:
         tree = OmegaConf.structured(Config)
+        for node in (tree, *tree.values()):
+            OmegaConf.set_readonly(node, False)  # frozen dataclasses give read-only nodes, and merging writes
         if path is not None:
             tree = OmegaConf.merge(tree, OmegaConf.load(path))
         for override in overrides:

@@ -44,7 +44,9 @@ class Policy(nnx.Module):
             return x
         visual = (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)
         order = jnp.clip(jnp.cumsum(visual, axis=-1) - 1, 0, features.shape[-2] - 1)
-        placed = jnp.take_along_axis(features.astype(x.dtype), order[..., None], axis=-2)
+        # Whole rows are gathered (not take_along_axis, which gathers scalars): the transpose is then a row scatter.
+        rows = features.astype(x.dtype).reshape(-1, *features.shape[-2:])
+        placed = jax.vmap(lambda feature, index: feature[index])(rows, order.reshape(len(rows), -1)).reshape(x.shape)
         return jnp.where(visual[..., None], placed, x)
 
     def prefill(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array) -> PrefixCache:
@@ -101,7 +103,9 @@ def chunked_logprobs(policy: Policy, hidden: jax.Array, targets: jax.Array, chun
         chunk_hidden, chunk_targets = inputs
         logprobs = jax.nn.log_softmax(policy.text.logits(chunk_hidden))
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-        return jnp.take_along_axis(logprobs, chunk_targets[:, None], axis=-1)[:, 0], entropy
+        # A comparison instead of a gather: it fuses, works on a sharded vocabulary and has no scatter as transpose.
+        chosen = jnp.arange(logprobs.shape[-1]) == chunk_targets[:, None]
+        return jnp.sum(jnp.where(chosen, logprobs, 0.0), axis=-1), entropy
 
     logprobs, entropy = jax.lax.map(one_chunk, (flat_hidden, flat_targets))
     return logprobs.reshape(-1)[:count].reshape(targets.shape), entropy.reshape(-1)[:count].reshape(targets.shape)

@@ -1,0 +1,149 @@
+"""One clip and its conversations as arrays of fixed shapes: the video is the prefix, the conversations are suffixes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from revseg_jax.chain.prompts import IM_END, prefix_text
+from revseg_jax.config import ChainConfig
+from revseg_jax.data.frames import resize_square
+from revseg_jax.data.sampling import sample_frames
+from revseg_jax.data.synthetic import COLOURS, SHAPES, render
+from revseg_jax.policy.config import ModelConfig
+from revseg_jax.policy.rope import merge_order, sequence_positions
+from revseg_jax.pretraining.primitives import Conversation, View, conversations, view
+
+NEXT = "\n<|im_start|>user\n"
+ASSISTANT = f"{IM_END}\n<|im_start|>assistant\n"
+DENSE_CLASSES = len(COLOURS) + 1 + len(SHAPES) + 1  # each with a class "background" in the last place
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Turns a clip number into arrays. Picklable, so that Grain's workers can hold it.
+
+    Attributes:
+      suffixes: how many (chain, box, video) conversations a clip gets; the first two kinds show an image
+      slots: tokens a suffix has room for; turns that do not fit are left out
+    """
+
+    tokenizer: Any
+    model: ModelConfig
+    chain: ChainConfig
+    difficulty: str
+    suffixes: tuple[int, int, int]
+    slots: int
+    seed: int
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        """Keys: frames uint8 [N, S, S, 3]; images uint8 [I, 1, K, K, 3]; of the G suffixes tokens int32 [G, slots],
+        positions int32 [3, G, slots], mask bool and trained bool (the token is part of an answer); and for the dense
+        loss `video_*` and `image_*` labels (see `dense_labels`)."""
+        rng = np.random.default_rng([self.seed, index])
+        scene = render(int(rng.integers(1 << 40)), self.difficulty, "train")
+        sampled = sample_frames(len(scene.frames), self.chain.frames)
+        seen = view(scene, sampled)
+        talks = conversations(rng, seen, self.chain, *self.suffixes)
+        images = [talk.image_frame or 0 for talk in talks[: self.suffixes[0] + self.suffixes[1]]]
+        packed = [self.pack(talk) for talk in talks]
+        frames = np.stack([resize_square(scene.frames[t], self.chain.frame_size) for t in sampled])
+        keyframes = np.stack([resize_square(scene.frames[sampled[i]], self.chain.keyframe_size) for i in images])
+        patch, merge = self.model.vision.patch_size, self.model.vision.spatial_merge_size
+        video_labels = dense_labels(seen, np.arange(len(sampled)), self.chain.frame_size // patch, merge)
+        image_labels = dense_labels(seen, np.array(images), self.chain.keyframe_size // patch, merge)
+        return {
+            "frames": frames,
+            "images": keyframes[:, None],
+            "tokens": np.stack([tokens for tokens, _, _, _ in packed]),
+            "positions": np.stack([positions for _, positions, _, _ in packed], axis=1),
+            "mask": np.stack([mask for _, _, mask, _ in packed]),
+            "trained": np.stack([trained for _, _, _, trained in packed]),
+            **{f"video_{name}": value for name, value in video_labels.items()},
+            **{f"image_{name}": value for name, value in image_labels.items()},
+        }
+
+    @cached_property
+    def prefix_tokens(self) -> np.ndarray:
+        """int32 [P]: the system prompt and the opened user turn with the video, the same for every clip."""
+        text = prefix_text(self.chain, "", self.chain.frames, 0.0).split("<|vision_end|>")[0] + "<|vision_end|>"
+        tokens = self.tokenizer(text)["input_ids"]
+        return self._expand(tokens, self.model.video_token_id, self.video_grid())
+
+    def video_grid(self) -> tuple[int, int, int]:
+        side = self.chain.frame_size // self.model.vision.patch_size
+        return self.chain.frames // self.model.vision.temporal_patch_size, side, side
+
+    def image_grid(self) -> tuple[int, int, int]:
+        side = self.chain.keyframe_size // self.model.vision.patch_size
+        return 1, side, side
+
+    def seconds_per_grid(self) -> float:
+        return self.model.vision.temporal_patch_size / self.chain.fps
+
+    def _expand(self, tokens: list[int], token: int, grid: tuple[int, int, int]) -> np.ndarray:
+        count = int(np.prod(grid)) // self.model.vision.spatial_merge_size**2
+        return np.concatenate([np.full(count, t) if t == token else np.array([t]) for t in tokens]).astype(np.int32)
+
+    def pack(self, talk: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens int32 [slots], positions int32 [3, slots], mask bool [slots], trained bool [slots]."""
+        tokens, trained = [], []
+        for number, turn in enumerate(talk.turns):
+            asked = self._encode((NEXT if number else "") + turn.user + ASSISTANT)
+            answered = self._encode(turn.answer + IM_END)
+            if len(tokens) + len(asked) + len(answered) > self.slots:
+                if number == 0 or talk.image_frame is not None and "<|image_pad|>" in turn.user:
+                    raise ValueError(f"a turn of {len(asked) + len(answered)} tokens does not fit: {turn.user!r}")
+                continue
+            tokens += [*asked, *answered]
+            trained += [False] * len(asked) + [True] * len(answered)
+        prefix = self.prefix_tokens
+        grids = [self.video_grid()] + [self.image_grid()] * (talk.image_frame is not None)
+        whole = np.concatenate([prefix, np.array(tokens, np.int32)])
+        positions = sequence_positions(whole, self.model, grids, [self.seconds_per_grid()])[:, len(prefix) :]
+        padding = self.slots - len(tokens)
+        return (
+            np.pad(np.array(tokens, np.int32), (0, padding)),
+            np.pad(positions, ((0, 0), (0, padding))),
+            np.arange(self.slots) < len(tokens),
+            np.pad(np.array(trained), (0, padding)),
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._expand(self.tokenizer(text)["input_ids"], self.model.image_token_id, self.image_grid()).tolist()
+
+
+def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[str, np.ndarray]:
+    """What stands at the centre of each patch, for the auxiliary loss that teaches the vision tower to see.
+
+    frames: int [F] among the sampled ones; side: patches a row. Results in merge order: colour and shape int32
+    [F, side * side] (the number of classes means background), box float32 [F, side * side, 4]: distances to the
+    object's left, top, right and bottom as shares of the image.
+    """
+    size = seen.size
+    rows, columns = merge_order(side, side, merge)
+    y, x = ((rows + 0.5) * size / side).astype(int), ((columns + 0.5) * size / side).astype(int)
+    inside = seen.scene.masks[seen.sampled[frames]][:, :, y, x]  # [F, K, patches]
+    which, found = inside.argmax(1), inside.any(1)
+    colours = np.array([list(COLOURS).index(item.colour) for item in seen.scene.objects])
+    shapes = np.array([SHAPES.index(item.shape) for item in seen.scene.objects])
+    boxes = np.take_along_axis(seen.boxes[frames], which[..., None], axis=1) / size
+    centre = np.stack([(columns + 0.5) / side, (rows + 0.5) / side] * 2, -1)
+    return {
+        "colour": np.where(found, colours[which], len(COLOURS)).astype(np.int32),
+        "shape": np.where(found, shapes[which], len(SHAPES)).astype(np.int32),
+        "box": np.where(found[..., None], boxes - centre, 0).astype(np.float32),
+    }
+
+
+def batches(maker: ExampleMaker, clips: int, batch: int, first_clip: int = 0):
+    """Batches of `batch` clips each; a worker process renders ahead of the training step."""
+    flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, and no absl main has parsed any
+    dataset = grain.MapDataset.range(first_clip, first_clip + clips).map(maker).batch(batch, drop_remainder=True)
+    options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=4)
+    return iter(dataset.to_iter_dataset().mp_prefetch(options))

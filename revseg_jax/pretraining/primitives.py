@@ -1,0 +1,161 @@
+"""Conversations that teach the primitive skills, written from a scene's exact state.
+
+The embedded policy stands in for a pretrained vision-language model: it can answer in format, name objects, box a
+described object on a given frame and tell where an object is biggest, each when it is asked just that. In whole
+conversations its keyframes are random visible frames and its boxes are loose: what makes a good keyframe and a good
+box for segmentation is left to reinforcement learning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from revseg_jax.chain.prompts import IMAGE, turn1_answer, turn1_text, turn2_answer, turn2_text
+from revseg_jax.config import ChainConfig
+from revseg_jax.data.synthetic import Scene
+
+BOX_GRID = 4  # coordinates are written as multiples of this many pixels: few, frequent number tokens
+LOOSEST = 1.1  # in conversations a box grows by up to this share of its width and of its height
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user's text (with the image placeholder where the keyframe goes) and the answer to it."""
+
+    user: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that follow the video, and the sampled frame shown as the image (None: the turns show none)."""
+
+    turns: tuple[Turn, ...]
+    image_frame: int | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """A scene as the policy sees it: N sampled frames.
+
+    Attributes:
+      boxes: float [N, K, 4] in pixels of the clip, half-open; zeros where absent
+      visible: bool [N, K]
+    """
+
+    scene: Scene
+    sampled: np.ndarray  # int [N], frames of the clip
+    boxes: np.ndarray
+    visible: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        return [item.description for item in self.scene.objects]
+
+    @property
+    def size(self) -> int:
+        """Side of the square clip in pixels."""
+        return self.scene.frames.shape[1]
+
+
+def view(scene: Scene, sampled: np.ndarray) -> View:
+    boxes = scene.boxes[sampled]
+    return View(scene, sampled, boxes, boxes[..., 2] > boxes[..., 0])
+
+
+def grid_box(box: np.ndarray, clip_size: int, image_size: int) -> list[int]:
+    """A box of the clip in pixels of the resized image, rounded to the grid and never empty."""
+    scaled = np.round(np.asarray(box, np.float64) * image_size / clip_size / BOX_GRID).astype(int)
+    scaled[2:] = np.maximum(scaled[2:], scaled[:2] + 1)
+    return (scaled * BOX_GRID).tolist()
+
+
+def loosen(rng: np.random.Generator, box: np.ndarray, limit: float) -> np.ndarray:
+    """Moves each side of an x1, y1, x2, y2 box outwards by a random share of its width or height, inside the image."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    grow = rng.uniform(0, LOOSEST, 2) * (width, height)
+    share = rng.uniform(0, 1, 2)
+    low, high = box[:2] - grow * share, box[2:] + grow * (1 - share)
+    return np.clip(np.concatenate([low, high]), 0, limit)
+
+
+def chain_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation | None:
+    """Both turns about one of the scene's expressions: a random visible keyframe and a loose box."""
+    usable = [item for item in seen.scene.expressions if seen.visible[:, item.target].any()]
+    if not usable:
+        return None
+    # Kinds in equal parts, or else the many referring expressions would crowd out the harder ones.
+    kind = str(rng.choice(sorted({item.kind for item in usable})))
+    of_kind = [item for item in usable if item.kind == kind]
+    expression = of_kind[rng.integers(len(of_kind))]
+    target, name = expression.target, seen.names[expression.target]
+    frame = int(rng.choice(np.flatnonzero(seen.visible[:, target])))
+    box = grid_box(loosen(rng, seen.boxes[frame, target], seen.size), seen.size, chain.keyframe_size)
+    seconds = len(seen.scene.frames) / seen.scene.fps
+    first = turn1_text(chain, expression.query, len(seen.sampled), seconds)
+    turns = (
+        Turn(first, turn1_answer(f"it is the {name}", frame, name)),
+        Turn(IMAGE + turn2_text(chain, name), turn2_answer(box, name)),
+    )
+    return Conversation(turns, frame)
+
+
+def box_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation | None:
+    """One frame at keyframe size and the exact box of every object in it."""
+    frame = int(rng.integers(len(seen.sampled)))
+    present = np.flatnonzero(seen.visible[frame])
+    if not len(present):
+        return None
+    turns = [
+        Turn(
+            f"Detect exactly '{seen.names[k]}'",
+            turn2_answer(grid_box(seen.boxes[frame, k], seen.size, chain.keyframe_size), seen.names[k]),
+        )
+        for k in rng.permutation(present)
+    ]
+    turns[0] = Turn(IMAGE + turns[0].user, turns[0].answer)
+    return Conversation(tuple(turns), frame)
+
+
+def video_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation:
+    """Short questions about the video alone, in random order; the packing keeps as many as fit."""
+    turns = []
+    areas = (seen.boxes[..., 2] - seen.boxes[..., 0]) * (seen.boxes[..., 3] - seen.boxes[..., 1])
+    for k, name in enumerate(seen.names):
+        if not seen.visible[:, k].any():
+            continue
+        largest = int(areas[:, k].argmax())
+        answer = f'<answer>[{{"frame_idx": {largest}, "object description": "{name}"}}]</answer>'
+        turns.append(Turn(f"In which frame is the {name} biggest?", answer))
+        frames = np.flatnonzero(seen.visible[:, k])
+        turns.append(Turn(f"In which frames is the {name} visible?", ", ".join(map(str, frames))))
+        frame = int(rng.choice(frames))
+        box = grid_box(seen.boxes[frame, k], seen.size, chain.frame_size)
+        turns.append(Turn(f"Where is the {name} in frame {frame}?", str(box)))
+    for expression in seen.scene.expressions:
+        if expression.kind != "referring":
+            turns += [Turn(f"What is meant by {expression.query!r}?", seen.names[expression.target])] * 2
+    turns.append(Turn("Which objects are there?", ", ".join(sorted(seen.names))))
+    return Conversation(tuple(turns[i] for i in rng.permutation(len(turns))))
+
+
+def conversations(
+    rng: np.random.Generator, seen: View, chain: ChainConfig, chains: int, boxes: int, videos: int
+) -> list[Conversation]:
+    """chains + boxes + videos conversations about one clip; a kind that the clip cannot give becomes a video one."""
+    makers = [chain_conversation] * chains + [box_conversation] * boxes + [video_conversation] * videos
+    return [make(rng, seen, chain) or video_conversation(rng, seen, chain) for make in makers]
+
+
+def corpus(scenes: list[Scene], chain: ChainConfig, seed: int) -> list[str]:
+    """Texts from which the tokenizer's vocabulary is learned: every prompt and answer of some conversations."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for scene in scenes:
+        seen = view(scene, np.arange(min(chain.frames, len(scene.frames))))
+        for conversation in conversations(rng, seen, chain, 4, 1, 1):
+            for turn in conversation.turns:
+                texts += [turn.user, turn.answer]
+    return texts
