@@ -9,15 +9,16 @@ import numpy as np
 from revseg_jax.policy.config import ModelConfig, TextConfig, VisionConfig
 
 
-def decoder_rotation(text: TextConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions int32 [3, ...] (time, height, width) -> cos, sin float32 [..., head_dim].
+def decoder_rotation(text: TextConfig, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """positions int32 [3, ...] (time, height, width) -> cos, sin [..., head_dim], float32 or the wider `dtype`.
 
     Frequency j follows the axis of the `mrope_section` that holds it; text tokens have three equal positions.
     """
+    wide = jnp.promote_types(dtype, jnp.float32)
     half = text.head_dim // 2
     inverse_frequency = 1.0 / text.rope_theta ** (np.arange(half, dtype=np.float32) / half)
     axis_of_frequency = np.repeat(np.arange(3), text.mrope_section)
-    angles = jnp.moveaxis(positions.astype(jnp.float32)[axis_of_frequency], 0, -1) * inverse_frequency
+    angles = jnp.moveaxis(positions.astype(wide)[axis_of_frequency], 0, -1) * inverse_frequency
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
 

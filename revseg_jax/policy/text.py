@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         x [B, G, S, width]; positions int32 [3, B, G, S]; mask bool [B, G, S, S], True where a query sees a key.
         Returns the final-normed hidden [B, G, S, width] and keys, values [layers, B, G, S, key_heads, head_dim].
         """
-        cos, sin = decoder_rotation(self.config, positions)
+        cos, sin = decoder_rotation(self.config, positions, x.dtype)
         graphdef, stacked = nnx.split(self.layers)
         prefix_layers = (prefix.key, prefix.value) if prefix is not None else None
 
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
         x [B, G, S, width]; positions int32 [3, B, G, S]; real bool [B, G, S]. A token sees the prefix, the real slots
         before it and itself. Returns the final-normed hidden [B, G, S, width] and the cache with the slots filled.
         """
-        cos, sin = decoder_rotation(self.config, positions)
+        cos, sin = decoder_rotation(self.config, positions, x.dtype)
         graphdef, stacked = nnx.split(self.layers)
         length, slots = x.shape[2], cache.mask.shape[2]
         filled = jax.lax.dynamic_update_slice(cache.mask, real, (0, 0, slot))

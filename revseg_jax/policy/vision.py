@@ -115,7 +115,7 @@ class VisionTower(nnx.Module):
         layout = window_layout(self.config, height, width)
         windows, slots = layout.real.shape
         angles = vision_angles(self.config, height, width)[layout.gather]
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = np.cos(angles), np.sin(angles)
         x = self.patch_embed("mtp,pd->mtd", patches)[:, layout.gather]
         graphdef, stacked = nnx.split(self.blocks)
         is_full = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
