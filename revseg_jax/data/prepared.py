@@ -96,8 +96,8 @@ def write_prepared(folder: str | Path, make_builder, settings: dict[str, Any]) -
                 return _reuse(folder, settings)
             raise
         return summary.fingerprint
-    except OSError as error:
-        raise RunFailure(f"cannot write the dataset {folder}: {error}") from None
+    except (OSError, RuntimeError) as error:  # array_record reports a full disk as RuntimeError
+        raise RunFailure(f"cannot write the dataset {folder}: {str(error).splitlines()[0]}") from None
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)

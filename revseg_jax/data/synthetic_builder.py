@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,14 +43,12 @@ class SyntheticClips(tfds.core.GeneratorBasedBuilder):
 
     def _records(self, split: str, wanted: int) -> Iterator[dict]:
         """The first `wanted` scenes, counting up from the seed, that have at least one query."""
-        index = self._seed << 32
+        first = self._seed << 32
         with tqdm(total=wanted, desc=f"{split} clips", unit="clip", disable=not self._progress) as bar:
-            while bar.n < wanted:
-                scene = render(index, self._difficulty, split)
-                if scene.expressions:
-                    yield scene_record(f"{split}-{index - (self._seed << 32):06d}", scene)
-                    bar.update()
-                index += 1
+            scenes = (render(first + i, self._difficulty, split) for i in itertools.count())
+            for scene in itertools.islice((scene for scene in scenes if scene.expressions), wanted):
+                yield scene_record(f"{split}-{scene.seed - first:06d}", scene)
+                bar.update()
 
 
 def scene_record(video_id: str, scene: Scene) -> dict:

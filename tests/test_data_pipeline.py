@@ -1,0 +1,425 @@
+"""Clips through real array_record files and the Grain pipeline: nothing lost, nothing repeated, exact resume."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from revseg_jax.config import ChainConfig
+from revseg_jax.data import pipeline, prepared, records, synthetic_builder
+from revseg_jax.data.clip import Clip, boxes_and_areas, decode_frame, decode_mask, encode_mask, union
+from revseg_jax.data.frames import encode_frame, resize_square
+from revseg_jax.data.pipeline import make_example, stack, training_steps
+from revseg_jax.data.prepared import read_prepared
+from revseg_jax.data.records import VideoExpression, clip_of, hash_record, make_record
+from revseg_jax.data.sampling import sample_frames
+from revseg_jax.data.source import ClipSource
+from revseg_jax.data.synthetic import render
+from revseg_jax.data.synthetic_builder import prepare_synthetic
+from revseg_jax.errors import InputError, RunFailure
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
+CHAIN = ChainConfig(frames=8, frame_size=28, keyframe_size=56)
+TRAIN, TEST, SEED = 7, 2, 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "easy"
+    prepare_synthetic(path, "easy", TRAIN, TEST, SEED, progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(folder) -> ClipSource:
+    return ClipSource([folder], "train")
+
+
+def scene_of(clip: Clip):
+    split, number = clip.video_id.split("-")
+    return render((SEED << 32) + int(number), "easy", split)
+
+
+# --- sampling, masks, frames -----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_sampling(total, wanted):
+    indices = sample_frames(total, wanted)
+    assert indices.dtype == np.int64 and len(indices) == min(total, wanted)
+    assert 0 <= indices[0] and indices[-1] < total and (np.diff(indices) > 0).all()
+    if len(indices) > 1:
+        assert indices[0] == 0 and indices[-1] == total - 1
+        # Uniform: never further than half a frame from the exact position.
+        assert np.abs(indices - np.linspace(0, total - 1, len(indices))).max() <= 0.5 + 1e-9
+    if total <= wanted:
+        assert indices.tolist() == list(range(total))
+
+
+@pytest.mark.parametrize("arguments", [(0, 8), (5, 0), (-1, 3)])
+def test_sampling_nothing(arguments):
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_frames(*arguments)
+
+
+masks_of_a_frame = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
+
+
+@settings(deadline=None)
+@given(masks_of_a_frame)
+def test_boxes_from_runs_equal_boxes_from_pixels(mask):
+    height, width = mask.shape
+    boxes, areas = boxes_and_areas([encode_mask(mask), None], height, width)
+    rows, columns = np.nonzero(mask)
+    expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if mask.any() else [0, 0, 0, 0]
+    assert boxes.dtype == areas.dtype == np.float32
+    assert boxes.tolist() == [expected, [0, 0, 0, 0]]
+    assert areas.tolist() == [(expected[2] - expected[0]) * (expected[3] - expected[1]), 0]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_masks_round_trip_and_unite(data):
+    shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, max_side=9))
+    masks = data.draw(hnp.arrays(bool, (3, *shape)))
+    rles = [encode_mask(mask) for mask in masks]
+    for mask, rle in zip(masks, rles, strict=True):
+        np.testing.assert_array_equal(decode_mask(rle, *shape), mask)
+    united = union(rles)
+    np.testing.assert_array_equal(decode_mask(united, *shape), masks.any(0))
+    assert (
+        boxes_and_areas([united], *shape)[0].tolist()
+        == boxes_and_areas([encode_mask(masks.any(0))], *shape)[0].tolist()
+    )
+    assert (united is None) == (not masks.any())
+
+
+def test_masks_of_another_size_are_refused():
+    rle = encode_mask(np.ones((4, 6), bool))
+    with pytest.raises(InputError, match="6x4"):
+        decode_mask(rle, 6, 4)
+    with pytest.raises(InputError, match="6x4"):
+        boxes_and_areas([rle], 6, 4)
+
+
+def test_frames_that_are_no_images_are_refused():
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_frame(b"not a jpeg")
+    with pytest.raises(InputError, match="cannot be decoded"):
+        decode_frame(encode_frame(np.zeros((40, 40, 3), np.uint8))[:300])
+
+
+def test_resizing_averages_instead_of_skipping_pixels():
+    """A fine chequerboard becomes even grey (skipping pixels would keep black and white), x and y scale separately."""
+    y, x = np.mgrid[:96, :160]
+    board = np.repeat(((x + y) % 2 * 255).astype(np.uint8)[..., None], 3, -1)
+    inner = resize_square(board, 24)[3:-3, 3:-3].astype(int)
+    assert inner.shape == (18, 18, 3) and np.abs(inner - 127.5).max() < 8
+    halves = np.zeros((40, 100, 3), np.uint8)
+    halves[:, 50:] = 255
+    small = resize_square(halves, 20)
+    assert (small[:, :8] == 0).all() and (small[:, 12:] == 255).all()
+
+
+@pytest.mark.slow
+def test_resizing_equals_hugging_face():
+    image_transforms = pytest.importorskip("transformers.image_transforms")
+    frame = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    for size in (28, 112, 168):
+        expected = image_transforms.resize(frame, (size, size), resample=3)  # 3 is PIL's BICUBIC
+        np.testing.assert_array_equal(resize_square(frame, size), expected)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(source):
+    """What comes out of the files is what was rendered: queries, times, frames but for JPEG, masks exactly."""
+    pairs = 0
+    for clip in (source[i] for i in range(len(source))):
+        scene = scene_of(clip)
+        expression = scene.expressions[int(clip.expression_id)]
+        assert (clip.query, clip.kind) == (expression.query, expression.kind)
+        assert (clip.fps, clip.height, clip.width) == (scene.fps, 128, 128)
+        assert len(clip.frames) == len(clip.masks) == len(scene.frames)
+        truth = scene.masks[:, expression.target]
+        for t in (0, len(scene.frames) - 1):
+            assert np.abs(decode_frame(clip.frames[t]).astype(int) - scene.frames[t]).mean() < 2
+        for t, rle in enumerate(clip.masks):
+            np.testing.assert_array_equal(decode_mask(rle, 128, 128), truth[t])
+            assert (rle is None) == (not truth[t].any())
+        boxes, _ = boxes_and_areas(clip.masks, 128, 128)
+        np.testing.assert_array_equal(boxes, scene.boxes[:, expression.target])
+        pairs += 1
+    assert pairs == sum(read_prepared(source.folders[0])["expressions"]["train"]) > 3 * TRAIN
+
+
+def test_source_order_and_bounds(folder, source):
+    seen = [(source[i].video_id, int(source[i].expression_id)) for i in range(len(source))]
+    assert seen == sorted(seen) and len({video for video, _ in seen}) == TRAIN
+    backwards = [(source[i].video_id, int(source[i].expression_id)) for i in reversed(range(len(source)))]
+    assert backwards == seen[::-1]
+    for index in (-1, len(source)):
+        with pytest.raises(IndexError):
+            source[index]
+    twice = ClipSource([folder, folder], "train")
+    assert len(twice) == 2 * len(source) and twice[len(source) + 3] == source[3]
+    assert pickle.loads(pickle.dumps(source))[4] == source[4]
+
+
+def test_splits_are_disjoint(folder, source):
+    test = ClipSource([folder], "test")
+    assert test[0].video_id.startswith("test-") and source[0].video_id.startswith("train-")
+    assert source[0].frames[0] != test[0].frames[0]
+
+
+def test_no_tensorflow(source):
+    assert source[0] and "tensorflow" not in sys.modules
+
+
+def test_preparing_again_reuses_or_refuses(folder):
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    fingerprint = prepare_synthetic(folder, "easy", TRAIN, TEST, SEED, progress=False)
+    assert fingerprint == read_prepared(folder)["fingerprint"]
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(InputError, match="other settings"):
+        prepare_synthetic(folder, "easy", TRAIN, TEST, SEED + 1, progress=False)
+
+
+def test_fingerprint_is_of_the_content(tmp_path, folder):
+    same = prepare_synthetic(tmp_path / "same", "easy", TRAIN, TEST, SEED, progress=False)
+    other = prepare_synthetic(tmp_path / "other", "easy", TRAIN, TEST, SEED + 1, progress=False)
+    assert same == read_prepared(folder)["fingerprint"] != other
+    assert ClipSource([tmp_path / "same"], "train").fingerprints == [same]
+
+
+def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    calls = []
+
+    def full_disk(frame):
+        calls.append(1)
+        if len(calls) > 15:
+            raise OSError(28, "No space left on device")
+        return encode_frame(frame)
+
+    monkeypatch.setattr(synthetic_builder, "encode_frame", full_disk)
+    with pytest.raises(RunFailure, match="No space left") as caught:
+        prepare_synthetic(tmp_path / "data", "easy", 5, 0, progress=False)
+    assert "\n" not in str(caught.value) and str(tmp_path / "data") in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailure, match="cannot write the dataset"):
+        prepare_synthetic(tmp_path / "file" / "data", "easy", 1, 0, progress=False)
+
+
+@pytest.mark.parametrize("arguments", [("simple", 1, 1, 0), ("easy", 0, 0, 0), ("easy", -1, 2, 0), ("easy", 1, 1, -3)])
+def test_bad_settings(tmp_path, arguments):
+    with pytest.raises(InputError):
+        prepare_synthetic(tmp_path / "data", *arguments, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_folders(tmp_path, folder):
+    with pytest.raises(InputError, match="no dataset folders"):
+        ClipSource([], "train")
+    with pytest.raises(InputError, match="not a prepared dataset"):
+        ClipSource([tmp_path], "train")
+    with pytest.raises(InputError, match="no split 'val', only train, test"):
+        ClipSource([folder], "val")
+    (tmp_path / prepared.MARKER).write_text('{"format": 0}')
+    with pytest.raises(InputError, match="another format"):
+        ClipSource([tmp_path], "train")
+    (tmp_path / prepared.MARKER).write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        ClipSource([tmp_path], "train")
+    (tmp_path / prepared.MARKER).write_text((folder / prepared.MARKER).read_text())
+    with pytest.raises(InputError, match="array_record"):
+        _ = ClipSource([tmp_path], "train")[0]
+
+
+def some_record(**changes):
+    masks = [encode_mask(np.eye(4, dtype=bool)), None]
+    arguments = {
+        "video_id": "v",
+        "fps": 2.5,
+        "height": 4,
+        "width": 4,
+        "frames": [b"a", b"b"],
+        "objects": {"7": masks, "9": masks[::-1]},
+        "expressions": [VideoExpression("0", "both", "x", (0, 1)), VideoExpression("1", "second", "x", (1,))],
+    }
+    return make_record(**(arguments | changes))
+
+
+def test_records_share_objects_between_expressions():
+    both, second = clip_of(some_record(), 0), clip_of(some_record(), 1)
+    assert [rle is not None for rle in both.masks] == [True, True]
+    assert [rle is not None for rle in second.masks] == [False, True]
+    assert (second.query, second.expression_id, second.seconds) == ("second", "1", 0.8)
+
+
+def test_bad_records():
+    with pytest.raises(ValueError, match="1 masks for 2 frames"):
+        some_record(objects={"7": [None]}, expressions=[])
+    with pytest.raises(ValueError, match="not there"):
+        some_record(expressions=[VideoExpression("0", "q", "x", (2,))])
+
+
+def test_every_field_counts_in_the_hash():
+    def hash_of(record):
+        digest = prepared.hashlib.sha256()
+        hash_record(digest, record)
+        return digest.hexdigest()
+
+    base = some_record()
+    assert hash_of(base) == hash_of(dict(reversed(base.items())))
+    changed = [{**base, key: value[:-1] if hasattr(value, "__len__") else value + 1} for key, value in base.items()]
+    assert len({hash_of(record) for record in [base, *changed]}) == len(base) + 1
+    # Moving bytes from one item to the next is a change too.
+    assert hash_of({**base, "frames": [b"ab", b""]}) != hash_of({**base, "frames": [b"a", b"b"]})
+
+
+# --- examples and batches --------------------------------------------------------------------------------------------
+
+
+def test_example(source):
+    clip = next(source[i] for i in range(len(source)) if len(source[i].frames) > 8)
+    example, scene = make_example(clip, 11, CHAIN), scene_of(clip)
+    sampled = sample_frames(len(clip.frames), 8)
+    truth = scene.boxes[sampled, scene.expressions[int(clip.expression_id)].target]
+    assert example.index == 11 and example.frame_count == 8 and example.sampled.tolist() == sampled.tolist()
+    assert example.frames.shape == (8, 28, 28, 3) and example.frames.dtype == np.uint8
+    np.testing.assert_array_equal(example.frames[3], resize_square(decode_frame(clip.frames[sampled[3]]), 28))
+    np.testing.assert_array_equal(example.boxes, truth)
+    np.testing.assert_array_equal(example.areas, (truth[:, 2] - truth[:, 0]) * (truth[:, 3] - truth[:, 1]))
+    assert example.jpegs == tuple(clip.frames[t] for t in sampled)
+    assert example.masks == tuple(clip.masks[t] for t in sampled)
+    assert example.size.tolist() == [128, 128] and example.seconds == len(clip.frames) / 4.0
+
+
+def test_short_clips_are_padded(source):
+    clip = source[0]
+    short = Clip(
+        **{f.name: getattr(clip, f.name) for f in fields(Clip)} | {"frames": clip.frames[:3], "masks": clip.masks[:3]}
+    )
+    example = make_example(short, 0, CHAIN)
+    assert example.frame_count == 3 and example.sampled.tolist() == [0, 1, 2] + [-1] * 5
+    assert (example.frames[3:] == example.frames[2]).all()
+    assert (example.boxes[3:] == 0).all() and (example.areas[3:] == 0).all()
+    assert len(example.jpegs) == len(example.masks) == 3
+    batch = stack([example, make_example(clip, 1, CHAIN)])
+    assert batch.frames.shape == (2, 8, 28, 28, 3) and batch.frame_count.tolist() == [3, 8] and len(batch) == 2
+    assert batch.query == (clip.query, clip.query) and batch.areas.dtype == np.float32
+
+
+def test_a_clip_without_frames_is_refused(source):
+    empty = Clip("v", "0", "q", "x", 4.0, 8, 8, (), ())
+    with pytest.raises(InputError, match="no frames"):
+        make_example(empty, 0, CHAIN)
+
+
+def test_only_sampled_frames_are_decoded(source, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(pipeline, "decode_frame", lambda jpeg: decoded.append(jpeg) or decode_frame(jpeg))
+    clip = max((source[i] for i in range(len(source))), key=lambda clip: len(clip.frames))
+    assert len(clip.frames) > 8
+    example = make_example(clip, 0, CHAIN)
+    assert decoded == list(example.jpegs) and len(decoded) == 8
+
+
+def ids(batch):
+    return list(zip(batch.video_id, batch.expression_id, strict=True))
+
+
+def take(dataset, count):
+    iterator = iter(dataset)
+    return [next(iterator) for _ in range(count)]
+
+
+def equal(a, b) -> bool:
+    """Whether two batches agree in every field."""
+    pairs = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return all(np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in pairs)
+
+
+def test_every_epoch_shows_every_pair_once(source):
+    everything = [(source[i].video_id, source[i].expression_id) for i in range(len(source))]
+    size = len(source)
+    batches = take(training_steps(source, CHAIN, 3, seed=1), -(-2 * size // 3))
+    shown = [pair for batch in batches for pair in ids(batch)]
+    assert sorted(shown[:size]) == sorted(shown[size : 2 * size]) == sorted(everything)
+    assert shown[:size] != shown[size : 2 * size] and shown[:size] != everything
+    assert np.concatenate([batch.index for batch in batches]).tolist() == list(range(3 * len(batches)))
+    # Shuffled over all videos: neighbours rarely share one.
+    assert np.mean([a[0] == b[0] for a, b in zip(shown, shown[1:], strict=False)]) < 0.5
+
+
+def test_seeds(source):
+    first, again, other = (take(training_steps(source, CHAIN, 4, seed=seed), 2) for seed in (1, 1, 2))
+    assert all(map(equal, first, again))
+    assert ids(first[0]) != ids(other[0])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_a_step(source, processes):
+    """Their parts, joined, are the batch of a single process: nothing missing, nothing twice, in the same order."""
+    whole = take(training_steps(source, CHAIN, 6, seed=3), 4)
+    parts = [take(training_steps(source, CHAIN, 6, 3, process, processes), 4) for process in range(processes)]
+    for step, batch in enumerate(whole):
+        assert [pair for part in parts for pair in ids(part[step])] == ids(batch)
+        np.testing.assert_array_equal(np.concatenate([part[step].index for part in parts]), batch.index)
+        np.testing.assert_array_equal(np.concatenate([part[step].frames for part in parts]), batch.frames)
+
+
+def test_uneven_processes_are_refused(source):
+    with pytest.raises(InputError, match="multiple of the 4 processes"):
+        training_steps(source, CHAIN, 6, 0, 0, 4)
+
+
+@settings(max_examples=5, deadline=None)
+@given(done=st.integers(0, 12), ahead=st.integers(0, 3))
+def test_exact_resume(source, done, ahead):
+    """A state taken after `done` steps resumes there, whatever else was read, through JSON and in a new iterator."""
+    dataset = training_steps(source, CHAIN, 5, seed=9)
+    iterator = iter(dataset)
+    for _ in range(done):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = [next(iterator) for _ in range(ahead + 1)]
+    resumed = iter(training_steps(source, CHAIN, 5, seed=9))
+    if ahead:
+        next(resumed)
+    resumed.set_state(state)
+    assert all(equal(batch, next(resumed)) for batch in expected)
+    assert expected[0].index[0] == 5 * done
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(source):
+    plain = take(training_steps(source, CHAIN, 4, seed=2), 5)
+    dataset = training_steps(source, CHAIN, 4, seed=2, workers=2)
+    iterator = iter(dataset)
+    assert all(equal(next(iterator), batch) for batch in plain[:2])
+    state = iterator.get_state()
+    assert all(equal(next(iterator), batch) for batch in plain[2:])
+    resumed = iter(dataset)
+    resumed.set_state(state)
+    assert all(equal(next(resumed), batch) for batch in plain[2:])
+
+
+def test_records_module_imports_tfds_lazily():
+    """Reading clips of real videos must not pay for TFDS at import."""
+    assert "tensorflow_datasets" not in vars(records)
