@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from revseg_jax.chain.prompts import IM_END, prefix_text
 from revseg_jax.config import ChainConfig
@@ -88,7 +88,8 @@ class ExampleMaker:
 
     def _expand(self, tokens: list[int], token: int, grid: tuple[int, int, int]) -> np.ndarray:
         count = int(np.prod(grid)) // self.model.vision.spatial_merge_size**2
-        return np.concatenate([np.full(count, t) if t == token else np.array([t]) for t in tokens]).astype(np.int32)
+        ids = np.asarray(tokens, np.int32)
+        return np.repeat(ids, np.where(ids == token, count, 1))
 
     def pack(self, talk: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """tokens int32 [slots], positions int32 [3, slots], mask bool [slots], trained bool [slots]."""
@@ -114,8 +115,16 @@ class ExampleMaker:
             np.pad(np.array(trained), (0, padding)),
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return self._expand(self.tokenizer(text)["input_ids"], self.model.image_token_id, self.image_grid()).tolist()
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        """Remembers texts: the same few thousand questions and answers come again and again."""
+
+        @lru_cache(maxsize=100_000)
+        def encode(text: str) -> list[int]:
+            tokens = self.tokenizer(text)["input_ids"]
+            return self._expand(tokens, self.model.image_token_id, self.image_grid()).tolist()
+
+        return encode
 
 
 def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[str, np.ndarray]:
@@ -142,8 +151,6 @@ def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[
 
 
 def batches(maker: ExampleMaker, clips: int, batch: int, first_clip: int = 0):
-    """Batches of `batch` clips each; a worker process renders ahead of the training step."""
-    flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, and no absl main has parsed any
+    """Batches of `batch` clips each; a thread renders ahead of the training step, which leaves the interpreter free."""
     dataset = grain.MapDataset.range(first_clip, first_clip + clips).map(maker).batch(batch, drop_remainder=True)
-    options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=4)
-    return iter(dataset.to_iter_dataset().mp_prefetch(options))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

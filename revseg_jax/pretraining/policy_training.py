@@ -134,9 +134,7 @@ def conversation_loss(
         video,
     )
     image = jnp.pad(image, ((0, 0), (0, suffixes - image.shape[1]), (0, 0), (0, 0)))
-    hidden = policy.suffix_hidden(
-        prefix, tokens, jnp.moveaxis(batch["positions"], 1, 0), batch["mask"], image
-    )
+    hidden = policy.suffix_hidden(prefix, tokens, jnp.moveaxis(batch["positions"], 1, 0), batch["mask"], image)
     logprobs, _ = chunked_logprobs(policy, hidden[:, :, :-1], tokens[:, :, 1:], 2048)
     trained = batch["trained"][:, :, 1:]
     loss = -(logprobs * trained).sum() / trained.sum()

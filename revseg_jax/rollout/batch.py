@@ -1,0 +1,39 @@
+"""What the learner gets from the sampler: arrays whose shapes depend on the config only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class RolloutBatch(NamedTuple):
+    """G rollouts for each of B prompts, in the slots of `revseg_jax.rollout.layout.SlotLayout` (P prefix, S suffix).
+
+    Attributes:
+      frames: uint8 [B, N, side, side, 3], the video as the policy saw it
+      prefix_tokens: int32 [B, P]; prefix_positions: int32 [B, 3, P]; prefix_mask: bool [B, P]
+      keyframes: uint8 [B, G, side, side, 3], the turn-2 images; zeros where turn 1 failed
+      tokens: int32 [B, G, S]; positions: int32 [B, G, 3, S]; mask: bool [B, G, S], False for padding
+      generated: bool [B, G, S], True for tokens that the policy sampled
+      logprobs: float32 [B, G, S], of the sampled tokens when they were sampled; 0 elsewhere
+    """
+
+    frames: Array
+    prefix_tokens: Array
+    prefix_positions: Array
+    prefix_mask: Array
+    keyframes: Array
+    tokens: Array
+    positions: Array
+    mask: Array
+    generated: Array
+    logprobs: Array
+
+
+def concatenate(batches: list[RolloutBatch]) -> RolloutBatch:
+    """Joins batches of the same run along the prompts."""
+    return batches[0] if len(batches) == 1 else RolloutBatch(*map(np.concatenate, zip(*batches, strict=True)))

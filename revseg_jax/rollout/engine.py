@@ -1,0 +1,242 @@
+"""The two-turn engine: a prompt is read once, then G rollouts answer, look at their keyframes and answer again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from revseg_jax.chain.geometry import box_to_original
+from revseg_jax.chain.parsing import Turn1, Turn2, parse_turn1, parse_turn2
+from revseg_jax.data.frames import decode_frame, resize_square
+from revseg_jax.parallel.mesh import batch_sharding
+from revseg_jax.policy.text import PrefixCache, SuffixCache, empty_suffix_cache
+from revseg_jax.rollout.batch import RolloutBatch
+from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.layout import PromptEncoder
+from revseg_jax.rollout.sampling import SamplingConfig, decode_answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One video and query.
+
+    Attributes:
+      query: the user's question
+      frames: uint8 [N, side, side, 3], the shown frames, square, repeating the last one up to N = chain.frames
+      frame_count: how many of them are real
+      seconds: duration of the whole clip
+      jpegs: the real ones at original size, encoded; the keyframe is taken from here
+      size: height and width of the original frames, pixels
+    """
+
+    query: str
+    frames: np.ndarray
+    frame_count: int
+    seconds: float
+    jpegs: Sequence[bytes]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RolloutEngine:
+    """Samples chains. Each phase is one jitted function; shapes, and so programs, depend on B, G and the config only.
+
+    Attributes:
+      graphdef: of the policy whose parameters each call gets (`nnx.split(policy)`)
+      encoder: prompts to tokens
+      sampling: how tokens are drawn
+      mesh: prompts are spread over its data and fsdp axes
+    """
+
+    graphdef: nnx.GraphDef
+    encoder: PromptEncoder
+    sampling: SamplingConfig
+    mesh: Mesh
+
+    def sample(
+        self, params: Any, prompts: Sequence[Prompt], keys: jax.Array
+    ) -> tuple[RolloutBatch, list[list[Rollout]]]:
+        """G rollouts for each of B prompts. keys: [B, G] (see `rollout_keys`). Returns the arrays and the chains."""
+        layout, config = self.encoder.layout, self.sampling
+        place = partial(jax.device_put, device=batch_sharding(self.mesh))
+        frames = np.stack([prompt.frames for prompt in prompts])
+        prefixes = [self.encoder.prefix(p.query, p.frame_count, p.seconds) for p in prompts]
+        tokens, positions, mask = (np.stack([getattr(p, n) for p in prefixes]) for n in ("tokens", "positions", "mask"))
+        count, group = keys.shape
+        keys = place(keys)
+
+        cache = _prefill(self.graphdef, params, *map(place, (frames, tokens, positions, mask)))
+        # Turn 1: every rollout goes on from the prompt's last token, which stands in slot 0.
+        first = np.tile(np.array([[p.last_token] for p in prefixes], np.int32), group)
+        start = np.tile(np.array([[p.last_position] for p in prefixes], np.int32), group)
+        alive = np.ones((count, group), bool)
+        answers, suffix = _turn1(
+            self.graphdef, layout.turn1, layout.suffix, config, params, cache, *map(place, (first, start, alive)), keys
+        )
+        tokens1, logprobs1, real1 = map(np.asarray, answers)
+        texts1 = self._texts(tokens1, real1)
+        lengths1 = real1.sum(-1)
+        ended1 = _ended(tokens1, real1, config.end_token)
+        turns1 = [
+            [
+                parse_turn1(texts1[b][g], prompts[b].frame_count) if ended1[b, g] else _unfinished(Turn1)
+                for g in range(group)
+            ]
+            for b in range(count)
+        ]
+
+        # Turn 2: the same conversation goes on, with the chosen frame at high resolution.
+        alive = np.array([[turn.ok for turn in row] for row in turns1])
+        prompt2, positions2, mask2, next2 = self._turn2_arrays(turns1, start + lengths1 + 1)
+        keyframes = self._keyframes(prompts, turns1)
+        suffix = _extend(
+            self.graphdef,
+            layout.turn2_prompt_start,
+            params,
+            cache,
+            suffix,
+            *map(place, (prompt2[..., :-1], positions2[..., :-1], mask2[..., :-1], keyframes)),
+        )
+        answers = _turn2(
+            self.graphdef,
+            layout.turn2_start - 1,
+            layout.turn2,
+            config,
+            params,
+            cache,
+            suffix,
+            *map(place, (prompt2[..., -1], next2 - 1, alive)),
+            keys,
+        )
+        tokens2, logprobs2, real2 = map(np.asarray, answers)
+        texts2 = self._texts(tokens2, real2)
+        ended2 = _ended(tokens2, real2, config.end_token)
+
+        chains = []
+        for b, prompt in enumerate(prompts):
+            row = []
+            for g, turn1 in enumerate(turns1[b]):
+                turn2, box = None, None
+                if turn1.ok:
+                    turn2 = parse_turn2(texts2[b][g]) if ended2[b, g] else _unfinished(Turn2)
+                if turn2 is not None and turn2.ok:
+                    box = box_to_original(turn2.box, self.encoder.chain.keyframe_size, *prompt.size)
+                row.append(
+                    Rollout(
+                        answer1=texts1[b][g],
+                        answer2=texts2[b][g] if turn1.ok else None,
+                        turn1=turn1,
+                        turn2=turn2,
+                        box=box,
+                        truncated=not ended1[b, g] or bool(turn1.ok and not ended2[b, g]),
+                        tokens=int(lengths1[b, g] + real2[b, g].sum()),
+                    )
+                )
+            chains.append(row)
+
+        answer1_positions = start[..., None] + 1 + np.arange(layout.turn1)
+        answer2_positions = next2[..., None] + np.arange(layout.turn2)
+        zeros = np.zeros((count, group, 1))
+        turn2_zeros = np.zeros(prompt2.shape)
+        batch = RolloutBatch(
+            frames=frames,
+            prefix_tokens=tokens,
+            prefix_positions=positions,
+            prefix_mask=mask,
+            keyframes=keyframes,
+            tokens=np.concatenate([first[..., None], tokens1, prompt2, tokens2], -1),
+            positions=np.concatenate(
+                [_three(start[..., None]), _three(answer1_positions), positions2, _three(answer2_positions)], -1
+            ).astype(np.int32),
+            mask=np.concatenate([zeros + 1, real1, mask2, real2], -1).astype(bool),
+            generated=np.concatenate([zeros, real1, turn2_zeros, real2], -1).astype(bool),
+            logprobs=np.concatenate([zeros, logprobs1, turn2_zeros, logprobs2], -1).astype(np.float32),
+        )
+        return batch, chains
+
+    def _texts(self, tokens: np.ndarray, real: np.ndarray) -> list[list[str]]:
+        """Answers as text, special tokens other than the end token included: they make a parse fail, as they should."""
+        kept = real & (tokens != self.sampling.end_token)
+        decode = self.encoder.tokenizer.decode
+        return [
+            [decode(row[keep]) for row, keep in zip(*group, strict=True)] for group in zip(tokens, kept, strict=True)
+        ]
+
+    def _turn2_arrays(self, turns: list[list[Turn1]], start: np.ndarray):
+        """Turn-2 prompts of all rollouts [B, G, Q]; rollouts whose turn 1 failed get padding only."""
+        layout = self.encoder.layout
+        shape = (*start.shape, layout.turn2_prompt)
+        tokens, mask = np.full(shape, self.sampling.pad_token, np.int32), np.zeros(shape, bool)
+        positions, following = np.zeros((*start.shape, 3, layout.turn2_prompt), np.int32), np.ones_like(start)
+        for b, g in np.ndindex(*start.shape):
+            if turns[b][g].ok:
+                encoded = self.encoder.turn2(turns[b][g].description, int(start[b, g]))
+                tokens[b, g], positions[b, g], mask[b, g] = encoded.tokens, encoded.positions, encoded.mask
+                following[b, g] = encoded.next_position
+        return tokens, positions, mask, following
+
+    def _keyframes(self, prompts: Sequence[Prompt], turns: list[list[Turn1]]) -> np.ndarray:
+        """uint8 [B, G, side, side, 3]; each frame is decoded once however many rollouts chose it."""
+        side = self.encoder.chain.keyframe_size
+        images = np.zeros((len(prompts), len(turns[0]), side, side, 3), np.uint8)
+        for b, (prompt, row) in enumerate(zip(prompts, turns, strict=True)):
+            chosen = {turn.frame_idx for turn in row if turn.ok}
+            decoded = {k: resize_square(decode_frame(prompt.jpegs[k]), side) for k in chosen}
+            for g, turn in enumerate(row):
+                if turn.ok:
+                    images[b, g] = decoded[turn.frame_idx]
+        return images
+
+
+def _three(positions: np.ndarray) -> np.ndarray:
+    """[B, G, L] positions of text tokens as [B, G, 3, L]: all three axes agree."""
+    return np.repeat(positions[:, :, None], 3, axis=2)
+
+
+def _ended(tokens: np.ndarray, real: np.ndarray, end_token: int) -> np.ndarray:
+    return ((tokens == end_token) & real).any(-1)
+
+
+def _unfinished(kind: type[Turn1] | type[Turn2]) -> Any:
+    """The parse of an answer that was cut off by its limit: a failure, whatever it holds."""
+    empty = {Turn1: {"frame_idx": None, "description": ""}, Turn2: {"box": None}}[kind]
+    return kind(ok=False, format_score=0.0, reason="the answer reached the token limit", **empty)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(graphdef, params, frames, tokens, positions, mask) -> PrefixCache:
+    policy = nnx.merge(graphdef, *params)
+    return policy.prefill(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _turn1(graphdef, limit, slots, sampling, params, prefix, token, position, alive, keys):
+    policy = nnx.merge(graphdef, *params)
+    cache = empty_suffix_cache(policy.config.text, *token.shape, slots, prefix.key.dtype)
+    *answer, cache = decode_answer(policy, prefix, cache, token, position, alive, keys, 0, limit, sampling)
+    return tuple(answer), cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _extend(graphdef, slot, params, prefix, cache, tokens, positions, mask, keyframes) -> SuffixCache:
+    """Reads the turn-2 prompts, all but their last token, into the suffix cache from `slot` on."""
+    policy = nnx.merge(graphdef, *params)
+    prompts, group = tokens.shape[:2]
+    images = policy.encode(keyframes.reshape(prompts * group, 1, *keyframes.shape[2:]))
+    x = policy.embed(tokens, images.reshape(prompts, group, *images.shape[1:]))
+    return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, prefix, cache)[1]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+def _turn2(graphdef, slot, limit, sampling, params, prefix, cache, token, position, alive, keys):
+    policy = nnx.merge(graphdef, *params)
+    *answer, _ = decode_answer(policy, prefix, cache, token, position, alive, keys, slot, limit, sampling)
+    return tuple(answer)

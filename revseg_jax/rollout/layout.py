@@ -1,0 +1,165 @@
+"""Where everything stands: the shared prefix of a prompt and the fixed slots of a rollout's suffix.
+
+    prefix   system, video, query                          P slots, padded on the right
+    suffix   slot 0                                        the last token of the turn-1 prompt
+             turn1 slots                                   first answer, padded on the right
+             turn-2 prompt slots                           padded on the LEFT: the second answer follows it directly
+             turn2 slots                                   second answer, padded on the right
+
+Slot 0 belongs to the suffix so that every sampled token is predicted by the hidden state of the suffix slot before it,
+and the prefix needs no head. Masks hide the padding; rotary positions are those of the conversation without any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from revseg_jax.chain.prompts import DESCRIPTION_LIMIT, prefix_text, turn2_prompt_text
+from revseg_jax.config import ChainConfig
+from revseg_jax.errors import InputError
+from revseg_jax.policy.config import ModelConfig
+from revseg_jax.policy.rope import sequence_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Sizes in tokens, fixed for a run."""
+
+    prefix: int
+    turn1: int
+    turn2_prompt: int
+    turn2: int
+
+    @property
+    def turn2_prompt_start(self) -> int:
+        return 1 + self.turn1
+
+    @property
+    def turn2_start(self) -> int:
+        return self.turn2_prompt_start + self.turn2_prompt
+
+    @property
+    def suffix(self) -> int:
+        return self.turn2_start + self.turn2
+
+
+@dataclass(frozen=True)
+class EncodedPrefix:
+    """One prompt's prefix: tokens int32 [P], positions int32 [3, P], mask bool [P]; and slot 0 of its suffixes."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    last_token: int
+    last_position: int
+
+
+@dataclass(frozen=True)
+class EncodedTurn2:
+    """A turn-2 prompt in its slots: tokens int32 [Q], positions int32 [3, Q], mask bool [Q]; the answer starts at
+    position `next_position`."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    next_position: int
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Writes prompts into slots with a checkpoint's tokenizer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    model: ModelConfig
+    chain: ChainConfig
+
+    def __post_init__(self) -> None:
+        step = self.model.vision.merged_patch_size
+        for name, size in (("frame_size", self.chain.frame_size), ("keyframe_size", self.chain.keyframe_size)):
+            if size % step:
+                raise InputError(f"chain.{name}={size} must be a multiple of {step}, the pixels one token covers")
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one temporal patch of the video."""
+        return (self.chain.frame_size // self.model.vision.merged_patch_size) ** 2
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.chain.keyframe_size // self.model.vision.merged_patch_size) ** 2
+
+    @property
+    def layout(self) -> SlotLayout:
+        video = self.chain.frames // self.model.vision.temporal_patch_size * self.frame_tokens
+        return SlotLayout(
+            prefix=video + self.chain.query_tokens,
+            turn1=self.chain.turn1_tokens,
+            turn2_prompt=self.image_tokens + self.chain.turn2_prompt_tokens,
+            turn2=self.chain.turn2_tokens,
+        )
+
+    def prefix(self, query: str, frames: int, seconds: float) -> EncodedPrefix:
+        """The prompt of turn 1 about a video of which `frames` frames are shown.
+
+        Raises InputError when the query does not fit into `chain.query_tokens`.
+        """
+        vision = self.model.vision
+        steps = -(-frames // vision.temporal_patch_size)
+        side = self.chain.frame_size // vision.patch_size
+        text = prefix_text(self.chain, query, frames, seconds)
+        tokens = self._expand(text, self.model.video_token_id, steps * self.frame_tokens)
+        room = steps * self.frame_tokens + self.chain.query_tokens
+        if len(tokens) - 1 > room:
+            extra = len(tokens) - 1 - room
+            raise InputError(
+                f"the query of {len(query)} characters is {extra} tokens too long: shorten it or raise "
+                f"chain.query_tokens={self.chain.query_tokens}"
+            )
+        seconds_per_grid = vision.temporal_patch_size / self.chain.fps
+        positions = sequence_positions(tokens, self.model, [(steps, side, side)], [seconds_per_grid])
+        padding = self.layout.prefix - (len(tokens) - 1)
+        return EncodedPrefix(
+            tokens=np.pad(tokens[:-1], (0, padding)),
+            positions=np.pad(positions[:, :-1], ((0, 0), (0, padding))),
+            mask=np.arange(self.layout.prefix) < len(tokens) - 1,
+            last_token=int(tokens[-1]),
+            last_position=int(positions[0, -1]),
+        )
+
+    def turn2(self, description: str, start: int) -> EncodedTurn2:
+        """The prompt of turn 2 with its first token at position `start`.
+
+        A description that does not fit is cut: it comes from the policy and must never stop a run.
+        """
+        slots, limit = self.layout.turn2_prompt, DESCRIPTION_LIMIT
+        while True:
+            text = turn2_prompt_text(self.chain, description, limit)
+            tokens = self._expand(text, self.model.image_token_id, self.image_tokens)
+            if len(tokens) <= slots:
+                break
+            if limit == 0:
+                raise InputError(
+                    f"chain.turn2_prompt_tokens={self.chain.turn2_prompt_tokens} is too small: the turn-2 prompt "
+                    f"needs {len(tokens) - self.image_tokens} without any description"
+                )
+            limit = min(limit, len(description)) // 2
+        side = self.chain.keyframe_size // self.model.vision.patch_size
+        positions = start + sequence_positions(tokens, self.model, [(1, side, side)], [])
+        padding = slots - len(tokens)
+        return EncodedTurn2(
+            tokens=np.pad(tokens, (padding, 0)),
+            positions=np.pad(positions, ((0, 0), (padding, 0))),
+            mask=np.arange(slots) >= padding,
+            next_position=int(positions[0, -1]) + 1,
+        )
+
+    def _expand(self, text: str, token: int, count: int) -> np.ndarray:
+        """Token ids int32 of a text whose one vision placeholder `token` stands for `count` visual tokens."""
+        ids = np.asarray(self.tokenizer(text)["input_ids"], np.int32)
+        return np.repeat(ids, np.where(ids == token, count, 1))

@@ -1,0 +1,132 @@
+"""Drawing tokens: what is sampled, from which distribution, with whose randomness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from revseg_jax.config import RolloutConfig
+from revseg_jax.policy.model import Policy
+from revseg_jax.policy.text import PrefixCache, SuffixCache
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Static settings of the decoding loop. temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    end_token: int
+    pad_token: int
+    forbidden: tuple[int, ...]  # tokens that are never sampled: image and video placeholders, unused ids
+
+    def greedy(self) -> SamplingConfig:
+        return SamplingConfig(0.0, 1.0, 0, self.end_token, self.pad_token, self.forbidden)
+
+
+def sampling_config(tokenizer, vocab_size: int, rollout: RolloutConfig) -> SamplingConfig:
+    """A policy that emits a vision placeholder would make the next prompt's tokens and features disagree."""
+    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>")
+    forbidden = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    forbidden += range(len(tokenizer), vocab_size)  # the embedding table is padded beyond the vocabulary
+    return SamplingConfig(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        end_token=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        forbidden=tuple(forbidden),
+    )
+
+
+def rollout_keys(seed: int, step: int, prompts: np.ndarray, group_size: int) -> jax.Array:
+    """Keys [B, G] that depend on (seed, step, prompt, sample) only: any batching or mesh draws the same numbers.
+
+    prompts: int [B], the running index of each prompt in the whole run.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    of_prompts = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(prompts, jnp.uint32))
+    samples = jnp.arange(group_size)
+    return jax.vmap(lambda k: jax.vmap(lambda s: jax.random.fold_in(k, s))(samples))(of_prompts)
+
+
+def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+    """Next tokens int32 [B, G] and their log-probabilities float32 [B, G] from logits float32 [B, G, vocab].
+
+    The log-probability is that of the whole distribution, untruncated and at temperature 1: what the trainer computes.
+    """
+    logprobs = jax.nn.log_softmax(logits)
+    allowed = np.ones(logits.shape[-1], bool)
+    allowed[list(config.forbidden)] = False
+    masked = jnp.where(allowed, logits, -jnp.inf)
+    if config.temperature == 0:
+        tokens = jnp.argmax(masked, axis=-1)
+    else:
+        masked = truncate(masked / config.temperature, config.top_p, config.top_k)
+        tokens = jax.vmap(jax.vmap(jax.random.categorical))(keys, masked)
+    tokens = tokens.astype(jnp.int32)
+    return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+
+def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
+    """Sets to -inf what lies outside the top k tokens or outside the smallest set of probability >= top_p."""
+    if top_k > 0:
+        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+        kept = jnp.where(before < top_p, ordered, jnp.inf)
+        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+    return logits
+
+
+def decode_answer(
+    policy: Policy,
+    prefix: PrefixCache,
+    cache: SuffixCache,
+    token: jax.Array,
+    position: jax.Array,
+    alive: jax.Array,
+    keys: jax.Array,
+    slot: int,
+    limit: int,
+    config: SamplingConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array, SuffixCache]:
+    """Samples one answer for every rollout until all have ended or the limit is reached.
+
+    token, position int32 [B, G]: the last token of the prompt, not yet in the cache, that stands at `slot`; the answer
+    goes to the slots after it. alive bool [B, G]: rollouts that take part. keys [B, G].
+    Returns tokens int32 [B, G, limit] (padded), logprobs float32 [B, G, limit], real bool [B, G, limit], and the cache
+    with the whole answer in it, its end token included.
+    """
+
+    def step(state):
+        index, token, real, tokens, logprobs, reals, cache = state
+        x = policy.embed(token[..., None])
+        positions = jnp.broadcast_to(position + index, (3, *position.shape))[..., None]
+        hidden, cache = policy.text.extend(x, positions, real[..., None], slot + index, prefix, cache)
+        step_keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, data=slot + index)))(keys)
+        following, logprob = draw(policy.text.logits(hidden[:, :, 0]), step_keys, config)
+        emitted = real & ((index == 0) | (token != config.end_token))
+        following = jnp.where(emitted, following, config.pad_token)
+        at = (0, 0, index)
+        tokens = jax.lax.dynamic_update_slice(tokens, following[..., None], at)
+        logprobs = jax.lax.dynamic_update_slice(logprobs, jnp.where(emitted, logprob, 0.0)[..., None], at)
+        reals = jax.lax.dynamic_update_slice(reals, emitted[..., None], at)
+        return index + 1, following, emitted, tokens, logprobs, reals, cache
+
+    def going_on(state):
+        # One step more than the limit: it puts the last token, if it is an end token, into the cache.
+        return (state[0] <= limit) & state[2].any()
+
+    shape = (*token.shape, limit + 1)
+    empty = (jnp.full(shape, config.pad_token, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
+    state = (jnp.int32(0), token, alive, *empty, cache)
+    _, _, _, tokens, logprobs, reals, cache = jax.lax.while_loop(going_on, step, state)
+    return tokens[..., :limit], logprobs[..., :limit], reals[..., :limit], cache
