@@ -40,7 +40,13 @@ def run_sidecar(
         environment["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded, or its libraries start more
     with open(log, "w+b") if log else tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the caller, who ends the sidecar when done with it
         )
         try:
             line = process.stdout.readline()

@@ -12,7 +12,7 @@ In shapes: b of B prompts, C = hidden_dim, D = mem_dim, h x w the coarsest featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +58,14 @@ class Chain:
 
     def asked_for(self, step: int, reach: int) -> bool:
         """Whether any later step has `step` among its sources (or, for step 0, any later step exists)."""
-        if step == 0 or step > self.forward:
-            return step + 1 < len(self)
-        return step < self.forward or (self.backward > 0 and step < reach)
+        if step == 0:
+            return len(self) > 1
+        if step > self.forward:
+            return reach > 0 and step + 1 < len(self)
+        return reach > 0 and (step < self.forward or (self.backward > 0 and step < reach))
 
 
-def plan(model: SAM2Base, total: int, keyframe: int, wanted: Sequence[int] | None = None) -> Chain:
+def plan(model: SAM2Base, total: int, keyframe: int, wanted: Collection[int] | None = None) -> Chain:
     """The shortest chain that gives the wanted frames (None: all) of a clip of `total` frames their proper masks."""
     first, last = (0, total - 1) if wanted is None else (min(wanted), max(wanted))
     backward = max(0, keyframe - first)
@@ -159,7 +161,8 @@ class _Bank:
 
     def store(self, top: Tensor, rows: list[int], step: int, masks: Tensor, pointers: Tensor, scores: Tensor) -> None:
         """Keeps what step `step` gave: mask logits [b, 1, S/4, S/4], pointers [b, C], object scores [b, 1]."""
-        self.pointers[rows, _slot(step, self.pointer_reach)] = pointers.float()
+        if step == 0 or self.pointer_reach:
+            self.pointers[rows, _slot(step, self.pointer_reach)] = pointers.float()
         chosen = [n for n, row in enumerate(rows) if self.chains[row].asked_for(step, self.memory_reach)]
         if not chosen:
             return
