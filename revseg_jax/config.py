@@ -71,6 +71,7 @@ class TrackerConfig:
     endpoints: list[str] = field(default_factory=list)  # "host:port" of running sidecars; empty starts one here
     checkpoint: str = "embedded"
     config: str = "embedded"
+    threads: int = 0  # of a sidecar started here; 0 leaves it to torch
     deadline_seconds: float = 120.0
 
 

@@ -17,6 +17,8 @@ from revseg_jax.data.records import VideoExpression, features, make_record
 from revseg_jax.data.synthetic import DIFFICULTIES, VERSION, Difficulty, Scene, render
 from revseg_jax.errors import InputError
 
+REVERSED = "test_reversed"  # the test clips played backwards, with their queries asked anew
+
 
 class SyntheticClips(tfds.core.GeneratorBasedBuilder):
     """Clips of `revseg_jax.data.synthetic`, one record a video."""
@@ -45,7 +47,8 @@ class SyntheticClips(tfds.core.GeneratorBasedBuilder):
         """The first `wanted` scenes, counting up from the seed, that have at least one query."""
         first = self._seed << 32
         with tqdm(total=wanted, desc=f"{split} clips", unit="clip", disable=not self._progress) as bar:
-            scenes = (render(first + i, self._difficulty, split) for i in itertools.count())
+            of, reverse = (split, False) if split != REVERSED else ("test", True)
+            scenes = (render(first + i, self._difficulty, of, reverse=reverse) for i in itertools.count())
             for scene in itertools.islice((scene for scene in scenes if scene.expressions), wanted):
                 yield scene_record(f"{split}-{scene.seed - first:06d}", scene)
                 bar.update()
@@ -73,7 +76,9 @@ def prepare_synthetic(
     seed: int = 0,
     progress: bool = True,
 ) -> str:
-    """Writes a folder of synthetic clips with the splits `train` and `test`; returns its fingerprint (sha256).
+    """Writes a folder of synthetic clips; returns its fingerprint (sha256).
+
+    Splits are `train`, `test` and `test_reversed`, the test clips played backwards with their queries asked anew.
 
     An already complete folder with the same settings is reused. The test split holds (colour, shape) pairs that train
     never shows. Raises InputError for bad arguments or a folder that holds something else, RunFailure when it cannot be
@@ -83,7 +88,7 @@ def prepare_synthetic(
         if difficulty not in DIFFICULTIES:
             raise InputError(f"difficulty {difficulty} is not one of {', '.join(DIFFICULTIES)}")
         difficulty = DIFFICULTIES[difficulty]
-    clips = {"train": train_clips, "test": test_clips}
+    clips = {"train": train_clips, "test": test_clips, REVERSED: test_clips}
     if min(clips.values()) < 0 or not any(clips.values()):
         raise InputError(f"cannot write {train_clips} train and {test_clips} test clips: at least one is needed")
     if not 0 <= seed < 2**31:

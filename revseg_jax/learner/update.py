@@ -38,12 +38,6 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), adam)
 
 
-def split_policy(policy: Policy, freeze_vision: bool) -> tuple[nnx.GraphDef, Any, Any]:
-    """(graphdef, trained parameters, frozen parameters); `nnx.merge` takes them back in this order."""
-    frozen = nnx.PathContains("vision") if freeze_vision else nnx.Nothing()
-    return nnx.split(policy, nnx.Not(frozen), frozen)
-
-
 def batch_logprobs(policy: Policy, batch: RolloutBatch, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies float32 [B, G, S] of every suffix token given all before it; slot 0 gets 0."""
     video = policy.encode(batch.frames)

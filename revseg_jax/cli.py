@@ -1,0 +1,176 @@
+"""The `revseg` command. Heavy imports wait until the command is known, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from revseg_jax.errors import InputError, RunFailure
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all our errors are."""
+
+    def error(self, message: str):
+        self.exit(2, f"revseg: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    # JAX, TensorFlow-free TFDS and gRPC log to stderr on their own; a user should see this program's lines.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    try:
+        options.run(options)
+    except (InputError, RunFailure) as error:
+        if options.debug:
+            raise
+        print(f"revseg: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("revseg: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if options.debug or error.filename is None:
+            raise
+        print(f"revseg: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parser() -> Parser:
+    root = Parser(prog="revseg", description="Reasoning video object segmentation, trained by reinforcement learning.")
+    commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        sub.set_defaults(run=run)
+        return sub
+
+    def configurable(sub: argparse.ArgumentParser, default: str | None = None) -> None:
+        sub.add_argument("--config", default=default, help="YAML file (default: %(default)s)")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, such as run.steps=100")
+
+    demo = command("demo", run_demo, "Train and evaluate the tiny policy on synthetic clips and write a report.")
+    demo.add_argument("--seed", type=int, default=0)
+    configurable(demo, "configs/demo.yaml")
+    configurable(command("train", run_train, "Post-train a policy; goes on when the run folder has a checkpoint."))
+    configurable(command("evaluate", run_evaluate, "Score a policy on prepared clips."))
+
+    segment = command("segment", run_segment, "Answer a question about a video with masks.")
+    segment.add_argument("video", help="a video file or a folder of frames")
+    segment.add_argument("query", help='such as "which vehicle suits a family outing?"')
+    segment.add_argument("--out", required=True, help="new folder for masks/, overlay.mp4 and trace.json")
+    segment.add_argument("--policy", default="embedded", help="checkpoint folder in Hugging Face layout")
+    segment.add_argument("--tracker", default="embedded", help="SAM2 checkpoint")
+    segment.add_argument("--tracker-config", default="embedded", help="config of that checkpoint")
+    segment.add_argument("--endpoint", action="append", default=[], help="host:port of a running sidecar")
+
+    sidecar = command("sidecar", run_sidecar, "Serve SAM2 masks and mask rewards over gRPC.")
+    sidecar.add_argument("--host", default="127.0.0.1")
+    sidecar.add_argument("--port", type=int, default=50051, help="0 takes any free port")
+    sidecar.add_argument("--checkpoint", default="embedded")
+    sidecar.add_argument("--config", default="embedded")
+    sidecar.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    sidecar.add_argument("--threads", type=int, default=None)
+    sidecar.add_argument("--check", action="store_true", help="exit 0 when a sidecar serves there, else 1")
+
+    export = command("export", run_export, "Write a run's policy in Hugging Face layout.")
+    export.add_argument("folder", metavar="RUN")
+    export.add_argument("--out", required=True)
+
+    report = command("report", run_report, "Write a run's report.html.")
+    report.add_argument("folder", metavar="RUN")
+
+    assets = command("make-assets", run_make_assets, "Train the embedded policy or tracker from scratch.")
+    assets.add_argument("which", choices=("policy", "tracker"))
+    assets.add_argument("--out", required=True)
+    assets.add_argument("--seed", type=int, default=0)
+    assets.add_argument("--steps", type=int, default=None, help="default: the recipe's own")
+    return root
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    config = load(options, [f"run.seed={options.seed}"])
+    from revseg_jax import demo
+
+    demo.main(config)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    config = load(options)
+    from revseg_jax import train
+
+    train.main(config)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    config = load(options, ["run.dir=."])
+    from revseg_jax import evaluate
+
+    evaluate.main(config)
+
+
+def run_segment(options: argparse.Namespace) -> None:
+    from revseg_jax import segment
+
+    segment.main(
+        options.video,
+        options.query,
+        options.out,
+        policy=options.policy,
+        tracker=options.tracker,
+        tracker_config=options.tracker_config,
+        endpoints=options.endpoint,
+    )
+
+
+def run_sidecar(options: argparse.Namespace) -> None:
+    if options.check:
+        from revseg_jax.tracker.connection import check
+
+        sys.exit(0 if check(options.host, options.port) else 1)
+    from revseg_jax.tracker import sidecar
+
+    sys.exit(
+        sidecar.main(
+            options.host, options.port, options.checkpoint, options.config, options.device, threads=options.threads
+        )
+    )
+
+
+def run_export(options: argparse.Namespace) -> None:
+    from revseg_jax import export
+
+    export.main(options.folder, options.out)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from revseg_jax.report.html import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+def run_make_assets(options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    steps = {"steps": options.steps} if options.steps is not None else {}
+    if options.which == "policy":
+        from revseg_jax.pretraining.policy_training import train_policy
+
+        train_policy(out, options.seed, **steps)
+    else:
+        from revseg_jax.tracker.embedded_training import train_tracker
+
+        train_tracker(out, options.seed, **steps)
+
+
+def load(options: argparse.Namespace, first: list[str] = ()):
+    from revseg_jax.config import load_config
+
+    return load_config(options.config, [*first, *options.overrides])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Rewards of a whole step: mask scores are asked of the sidecar at once and collected when everything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from revseg_jax.config import RewardsConfig
+from revseg_jax.data.pipeline import Batch
+from revseg_jax.rewards.total import RolloutReward, score_rollout, weights_from
+from revseg_jax.rollout.chains import Rollout
+from revseg_jax.tracker.client import Scores, TrackerClient
+
+
+@dataclass(frozen=True)
+class PendingRewards:
+    """Prompts first..first + len(chains) of a batch whose mask scores are under way.
+
+    Attributes:
+      chains: [prompts][G]
+      scores: for each prompt the scores of its successful rollouts, in order; None when no mask reward is wanted
+    """
+
+    first: int
+    chains: Sequence[Sequence[Rollout]]
+    scores: Sequence[Future[Scores] | None]
+
+
+def request_rewards(
+    client: TrackerClient | None, config: RewardsConfig, batch: Batch, first: int, chains: Sequence[Sequence[Rollout]]
+) -> PendingRewards:
+    """Sends the boxes of all successful rollouts to the sidecar and returns without waiting.
+
+    The tracker's clip is the shown frames at original size, so that a keyframe needs no mapping and no other frame is
+    decoded; the mask reward is the mean over them.
+    """
+    scores: list[Future[Scores] | None] = []
+    for b, row in enumerate(chains, start=first):
+        prompts = [(rollout.turn1.frame_idx, rollout.box) for rollout in row if rollout.ok]
+        wanted = client is not None and weights_from(config).mask > 0 and prompts
+        contour = config.mask_kind == "jf"
+        scores.append(client.score_async(batch.jpegs[b], prompts, batch.masks[b], contour=contour) if wanted else None)
+    return PendingRewards(first, chains, scores)
+
+
+def collect_rewards(config: RewardsConfig, batch: Batch, pending: PendingRewards) -> list[list[RolloutReward]]:
+    """Waits for the scores and gives each rollout its reward. Raises RunFailure when no sidecar answers."""
+    rewards = []
+    for b, (row, future) in enumerate(zip(pending.chains, pending.scores, strict=True), start=pending.first):
+        count = batch.frame_count[b]
+        scores = iter(zip(*_means(future.result()), strict=True)) if future is not None else None
+        rewards.append([])
+        for rollout in row:
+            j, f = next(scores) if rollout.ok and scores is not None else (0.0, 0.0)
+            reward = score_rollout(
+                config,
+                rollout.turn1,
+                rollout.turn2,
+                rollout.box,
+                batch.areas[b, :count],
+                batch.boxes[b, :count],
+                j=float(j),
+                f=float(f),
+            )
+            rewards[-1].append(reward)
+    return rewards
+
+
+def _means(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    return scores.j, np.nan_to_num(scores.f)

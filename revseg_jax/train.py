@@ -1,0 +1,154 @@
+"""`revseg train`: rollouts, rewards, update; read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from revseg_jax.config import Config
+from revseg_jax.data.pipeline import Batch, training_steps
+from revseg_jax.data.source import ClipSource
+from revseg_jax.errors import RunFailure
+from revseg_jax.learner.advantages import group_advantages
+from revseg_jax.learner.update import Learner, TrainState, make_optimizer
+from revseg_jax.parallel.mesh import batch_sharding
+from revseg_jax.parallel.sharding import tree_shardings
+from revseg_jax.rewards.scoring import collect_rewards, request_rewards
+from revseg_jax.rewards.total import RolloutReward, weights_from
+from revseg_jax.rollout.batch import concatenate
+from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.loading import LoadedEngine, load_engine, prompts_of
+from revseg_jax.rollout.sampling import rollout_keys
+from revseg_jax.rollout.traces import trace_record
+from revseg_jax.run_folder import RunFolder
+from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.process import run_sidecar
+
+
+@contextmanager
+def tracker_client(config: Config) -> Iterator[TrackerClient]:
+    """A client of the configured sidecars, or of one started here for as long as the block lasts."""
+    started = run_sidecar(config.tracker.checkpoint, config.tracker.config, threads=config.tracker.threads or None)
+    with started if not config.tracker.endpoints else nullcontext() as endpoint:
+        endpoints = [endpoint] if endpoint else config.tracker.endpoints
+        with TrackerClient(endpoints, deadline_seconds=config.tracker.deadline_seconds) as client:
+            yield client
+
+
+def main(config: Config) -> None:
+    needs_tracker = weights_from(config.rewards).mask > 0
+    with tracker_client(config) if needs_tracker else nullcontext() as client:
+        train(config, load_engine(config), client)
+
+
+def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) -> TrainState:
+    """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one."""
+    # ---- Data and run folder --------------------------------------------------------------------------------------
+    source = ClipSource(config.data.train, config.data.train_split)
+    steps = training_steps(
+        source, config.chain, config.rollout.prompts_per_step, config.run.seed, workers=config.data.workers
+    )
+    data = iter(steps)
+    run = RunFolder(config, source.fingerprints)
+
+    # ---- State: a fresh one, or the newest checkpoint's -------------------------------------------------------------
+    learner = Learner(loaded.engine.graphdef, config.learner, make_optimizer(config.learner))
+    # The update donates its state, and the reference is the policy before any of it.
+    reference = loaded.trained
+    state = learner.init(jax.tree.map(lambda x: x.copy(), loaded.trained))
+    state = jax.device_put(state, tree_shardings(state, loaded.mesh))
+    if run.resumed_step is not None:
+        state, iterator = run.restore(state)
+        data.set_state(iterator)
+    place = batch_sharding(loaded.mesh)
+
+    # ---- The loop -------------------------------------------------------------------------------------------------
+    first = int(state.step)
+    bar = tqdm(range(first, config.run.steps), initial=first, total=config.run.steps, desc="train", unit="step")
+    for step in bar:
+        clock = Clock()
+        batch: Batch = next(data)
+        clock.lap("data")
+
+        # Rollouts in parts, so that the sidecar scores one part while the next is being sampled.
+        part = config.rollout.prompts_per_batch or len(batch)
+        prompts, parts, pending = prompts_of(batch), [], []
+        keys = rollout_keys(config.run.seed, step, batch.index, config.rollout.group_size)
+        for begin in range(0, len(batch), part):
+            arrays, chains = loaded.engine.sample(
+                (state.trained, loaded.frozen), prompts[begin : begin + part], keys[begin : begin + part]
+            )
+            parts.append(arrays)
+            pending.append(request_rewards(client, config.rewards, batch, begin, chains))
+        rollouts = jax.device_put(concatenate(parts), place)
+        clock.lap("rollout")
+
+        # The reference needs no rewards: it runs while the sidecar works.
+        reference_logprobs = learner.reference_logprobs(reference, loaded.frozen, rollouts)
+        jax.block_until_ready(reference_logprobs)
+        clock.lap("reference")
+        rewards = [row for waiting in pending for row in collect_rewards(config.rewards, batch, waiting)]
+        clock.lap("reward_wait")
+
+        advantages = group_advantages(np.array([[reward.total for reward in row] for row in rewards]))
+        state, metrics = learner.update(
+            state, loaded.frozen, rollouts, reference_logprobs, jax.device_put(advantages, place)
+        )
+        metrics = {f"learner/{name}": float(value) for name, value in metrics.items()}
+        clock.lap("update")
+        if not np.isfinite(metrics["learner/loss"]):
+            raise RunFailure(f"step {step + 1}: the loss is {metrics['learner/loss']}")
+
+        chains = [row for waiting in pending for row in waiting.chains]
+        metrics |= step_metrics(chains, rewards) | clock.seconds
+        metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
+        done = step + 1
+        run.log(done, metrics)
+        bar.set_postfix({name: f"{metrics[f'reward/{name}']:.2f}" for name in ("total", "temporal", "spatial")})
+        if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
+            run.write_traces(f"step_{done:06d}", step_traces(config, batch, chains, rewards, done))
+        if done % config.run.checkpoint_every == 0 or done == config.run.steps:
+            run.save(done, state, data.get_state())
+    run.close()
+    return state
+
+
+class Clock:
+    """Splits a step's wall time into named phases."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds/{name}"] = now - self._last
+        self._last = now
+
+
+def step_metrics(chains: list[list[Rollout]], rewards: list[list[RolloutReward]]) -> dict[str, float]:
+    """Means over all rollouts of a step."""
+    flat_rewards, flat_chains = [r for row in rewards for r in row], [c for row in chains for c in row]
+    metrics = {
+        f"reward/{name}": float(np.mean([getattr(reward, name) for reward in flat_rewards]))
+        for name in ("total", "format", "temporal", "spatial", "mask")
+    }
+    spread = np.std([[reward.total for reward in row] for row in rewards], axis=1)
+    return metrics | {
+        "reward/groups_without_spread": float(np.mean(spread < 1e-6)),
+        "rollout/turns": float(np.mean([reward.turns for reward in flat_rewards])),
+        "rollout/tokens": float(np.mean([chain.tokens for chain in flat_chains])),
+        "rollout/truncated": float(np.mean([chain.truncated for chain in flat_chains])),
+    }
+
+
+def step_traces(config: Config, batch: Batch, chains, rewards, step: int) -> Iterator[dict[str, Any]]:
+    for b, (row, earned) in enumerate(zip(chains, rewards, strict=True)):
+        for sample, (rollout, reward) in enumerate(zip(row, earned, strict=True)):
+            yield trace_record(config.chain, batch, b, sample, rollout, reward, step)
