@@ -1,0 +1,37 @@
+# make demo | test | test-all | install | proto
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Freshly mapped pages are costly on virtual machines: let malloc keep and reuse what it has.
+export MALLOC_MMAP_MAX_ := 0
+export MALLOC_TRIM_THRESHOLD_ := 100000000000
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: install demo test test-all lint proto clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/revseg demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m ''
+
+proto: install
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. revseg_jax/tracker/tracker.proto
+
+clean:
+	rm -rf $(VENV) build *.egg-info
