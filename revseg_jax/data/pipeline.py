@@ -151,7 +151,9 @@ def training_steps(
     Each of `process_count` processes gets a contiguous part of every step: joined in the order of the processes, the
     parts are the batch that a single process would get. `iter()` of the dataset gives an iterator with `get_state()`
     and `set_state()`, which resume exactly after the last batch taken. `workers` > 0 reads in that many processes of
-    their own. Raises InputError when the processes cannot share a step evenly.
+    their own and changes nothing in the batches, but a state can only be restored with the same number of workers; a
+    program that uses them needs the usual `if __name__ == "__main__"` guard. Raises InputError when the processes
+    cannot share a step evenly.
     """
     if prompts_per_step % process_count:
         raise InputError(
