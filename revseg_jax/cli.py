@@ -89,6 +89,7 @@ def parser() -> Parser:
     assets.add_argument("--out", required=True)
     assets.add_argument("--seed", type=int, default=0)
     assets.add_argument("--steps", type=int, default=None, help="default: the recipe's own")
+    assets.add_argument("--config", default="configs/demo.yaml", help="policy: where its prompts and sizes come from")
     return root
 
 
@@ -157,9 +158,10 @@ def run_make_assets(options: argparse.Namespace) -> None:
     out = Path(options.out)
     steps = {"steps": options.steps} if options.steps is not None else {}
     if options.which == "policy":
-        from revseg_jax.pretraining.policy_training import train_policy
+        from revseg_jax.config import load_config
+        from revseg_jax.pretraining.asset import make_policy
 
-        train_policy(out, options.seed, **steps)
+        make_policy(out, load_config(options.config), options.seed, **steps)
     else:
         from revseg_jax.tracker.embedded_training import train_tracker
 

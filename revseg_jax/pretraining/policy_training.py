@@ -28,9 +28,10 @@ from revseg_jax.pretraining.examples import DENSE_CLASSES, ExampleMaker, batches
 from revseg_jax.pretraining.primitives import corpus
 
 DIFFICULTY = "easy"
+VISION_STEPS, STEPS = 250, 1000  # of the shipped policy
 CORPUS_SCENES = 300  # that the tokenizer's vocabulary is learned from
 CLIPS = 8  # a step
-SUFFIXES = (2, 2, 2)  # whole chains, boxes on a frame, questions on the video, for every clip
+SUFFIXES = (1, 2, 1)  # whole chains, boxes on a frame, questions on the video, for every clip
 SLOTS = 208  # tokens a suffix has room for
 DENSE_WEIGHT = 0.3  # of the auxiliary loss while conversations are trained
 
@@ -59,7 +60,9 @@ def tiny_model(tokenizer) -> ModelConfig:
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        rope_theta=10_000.0,
+        # mRoPE gives width the slowest frequencies: with the usual base a picture of 6 columns would turn them by 0.02
+        # radians, and this model has no other way to tell where something is.
+        rope_theta=20.0,
         mrope_section=(4, 6, 6),
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
@@ -159,7 +162,12 @@ def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(axes, params)
 
     muon = optax.contrib.muon(
-        schedule, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices, adam_b2=0.98
+        schedule,
+        weight_decay=0.01,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
+        adam_b2=0.98,
+        adam_learning_rate=lambda count: schedule(count) / 3,
     )
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
@@ -167,7 +175,7 @@ def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
 def train_stage(loss_fn, learner: Learner, data, steps: int, peak: float, label: str, save=None) -> Learner:
     """Runs `steps` updates of loss_fn(learner, batch) -> (loss, metrics) and returns the trained learner.
 
-    `save(learner)` is called every 200 steps: a training of an hour should leave something behind when it is stopped.
+    `save(learner)` is called every 100 steps: a training of an hour should leave something behind when it is stopped.
     """
     graphdef, params = nnx.split(learner)
     tx = optimizer(peak, steps)
@@ -187,12 +195,14 @@ def train_stage(loss_fn, learner: Learner, data, steps: int, peak: float, label:
         params, state, metrics = update(params, state, next(data))
         if step % 20 == 0:
             bar.set_postfix({name: f"{float(value):.3f}" for name, value in metrics.items()})
-        if save and step and step % 200 == 0:
+        if save and step and step % 100 == 0:
             save(nnx.merge(graphdef, params))
     return nnx.merge(graphdef, params)
 
 
-def train_policy(out: Path, chain: ChainConfig, seed: int, vision_steps: int, steps: int) -> None:
+def train_policy(
+    out: Path, chain: ChainConfig, seed: int, vision_steps: int = VISION_STEPS, steps: int = STEPS
+) -> None:
     """Makes the tokenizer and the policy and writes them to `out` in Hugging Face layout."""
     scenes = [render(index, DIFFICULTY, "train") for index in range(CORPUS_SCENES)]
     with tempfile.TemporaryDirectory() as folder:

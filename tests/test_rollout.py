@@ -1,0 +1,198 @@
+"""The two-turn engine against whole conversations, the trainer's numbers and NumPy."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from revseg_jax.chain.prompts import conversation_text
+from revseg_jax.config import load_config
+from revseg_jax.data.frames import encode_frame, resize_square
+from revseg_jax.data.sampling import sample_frames
+from revseg_jax.data.synthetic import render
+from revseg_jax.errors import InputError
+from revseg_jax.learner.update import batch_logprobs
+from revseg_jax.policy.rope import sequence_positions
+from revseg_jax.rollout.engine import Prompt
+from revseg_jax.rollout.loading import load_engine
+from revseg_jax.rollout.sampling import SamplingConfig, draw, rollout_keys, truncate
+
+CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
+
+
+def make_prompts(count: int, frames: int = 8) -> list[Prompt]:
+    prompts = []
+    for seed in range(count):
+        scene = render(seed, "easy", "test", frames=frames)
+        sampled = sample_frames(frames, 8)
+        small = [resize_square(scene.frames[t], 112) for t in sampled]
+        query = scene.expressions[0].query if scene.expressions else "the red circle"
+        prompts.append(
+            Prompt(
+                query=query,
+                frames=np.stack(small + small[-1:] * (8 - len(small))),
+                frame_count=len(sampled),
+                seconds=frames / 4,
+                jpegs=[encode_frame(scene.frames[t]) for t in sampled],
+                size=(128, 128),
+            )
+        )
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_engine(load_config(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def sampled(loaded):
+    """4 prompts x 3 rollouts; the last prompt's video has 5 frames."""
+    prompts = make_prompts(3) + make_prompts(1, frames=5)
+    keys = rollout_keys(7, 0, np.arange(4), 3)
+    batch, chains = loaded.engine.sample((loaded.trained, loaded.frozen), prompts, keys)
+    return prompts, batch, chains
+
+
+def whole_sequence(batch, b: int, g: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions of one rollout without any padding."""
+    tokens = np.concatenate([batch.prefix_tokens[b][batch.prefix_mask[b]], batch.tokens[b, g][batch.mask[b, g]]])
+    suffix = batch.positions[b, g][:, batch.mask[b, g]]
+    return tokens, np.concatenate([batch.prefix_positions[b][:, batch.prefix_mask[b]], suffix], axis=1)
+
+
+def test_slots_hold_the_conversation_of_the_chat_template(loaded, sampled):
+    prompts, batch, chains = sampled
+    encoder = loaded.engine.encoder
+    checked = 0
+    for b, prompt in enumerate(prompts):
+        for g, rollout in enumerate(chains[b]):
+            if rollout.turn2 is None or rollout.truncated:
+                continue
+            text = conversation_text(
+                encoder.chain,
+                prompt.query,
+                prompt.frame_count,
+                prompt.seconds,
+                rollout.answer1,
+                rollout.turn1.description,
+                rollout.answer2,
+            )
+            steps = -(-prompt.frame_count // 2)
+            expanded = text.replace("<|video_pad|>", "<|video_pad|>" * steps * 16)
+            expanded = expanded.replace("<|image_pad|>", "<|image_pad|>" * 36)
+            tokens, positions = whole_sequence(batch, b, g)
+            assert encoder.tokenizer.decode(tokens) + "\n" == expanded
+            expected = sequence_positions(tokens, encoder.model, [(steps, 8, 8), (1, 12, 12)], [1.0])
+            np.testing.assert_array_equal(positions, expected)
+            checked += 1
+    assert checked >= 6
+
+
+def test_trainer_computes_the_logprobs_that_the_sampler_saw(loaded, sampled):
+    _, batch, _ = sampled
+    policy = jax.jit(lambda parts, batch: batch_logprobs(loaded_policy(loaded, parts), batch, 64)[0])
+    again = policy((loaded.trained, loaded.frozen), batch)
+    gap = np.abs(np.asarray(again) - batch.logprobs)[batch.generated]
+    assert gap.max() < 1e-5
+    assert batch.generated.sum() > 100
+
+
+def loaded_policy(loaded, parts):
+    from flax import nnx
+
+    return nnx.merge(loaded.engine.graphdef, *parts)
+
+
+def test_a_failed_first_turn_ends_the_rollout(loaded):
+    sampling = replace(loaded.engine.sampling, temperature=30.0)  # noise: hardly anything parses
+    prompts = make_prompts(2)
+    keys = rollout_keys(0, 0, np.arange(2), 3)
+    batch, chains = replace(loaded.engine, sampling=sampling).sample((loaded.trained, loaded.frozen), prompts, keys)
+    layout = loaded.engine.encoder.layout
+    failed = np.array([[not rollout.turn1.ok for rollout in row] for row in chains])
+    assert failed.any()
+    assert not batch.mask[failed][:, layout.turn2_prompt_start :].any()
+    assert all(rollout.turn2 is None and not rollout.ok for rollout in np.array(chains)[failed])
+    assert not np.isin(batch.tokens[batch.generated], sampling.forbidden).any()
+
+
+def test_rollouts_do_not_depend_on_the_batch(loaded, sampled):
+    prompts, batch, _ = sampled
+    keys = rollout_keys(7, 0, np.array([2, 3]), 3)
+    alone, _ = loaded.engine.sample((loaded.trained, loaded.frozen), prompts[2:], keys)
+    np.testing.assert_array_equal(alone.tokens, batch.tokens[2:])
+
+
+def test_rollouts_do_not_depend_on_the_devices(loaded, sampled):
+    """The same tokens on 8 devices as on one."""
+    _, batch, _ = sampled
+    code = (
+        "import json, numpy as np\n"
+        "from tests.test_rollout import CONFIG, make_prompts\n"
+        "from revseg_jax.config import load_config\n"
+        "from revseg_jax.rollout.loading import load_engine\n"
+        "from revseg_jax.rollout.sampling import rollout_keys\n"
+        "loaded = load_engine(load_config(CONFIG, ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']))\n"
+        "prompts = make_prompts(3) + make_prompts(1, frames=5)\n"
+        "keys = rollout_keys(7, 0, np.arange(4), 3)\n"
+        "batch, _ = loaded.engine.sample((loaded.trained, loaded.frozen), prompts, keys)\n"
+        "print(json.dumps(batch.tokens.tolist()))\n"
+    )
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_array_equal(np.array(json.loads(done.stdout.splitlines()[-1])), batch.tokens)
+
+
+def test_keys_depend_on_seed_step_prompt_and_sample():
+    data = lambda *a: np.asarray(jax.random.key_data(rollout_keys(*a)))  # noqa: E731
+    base = data(0, 0, np.arange(4), 3)
+    assert len(np.unique(base.reshape(12, -1), axis=0)) == 12
+    np.testing.assert_array_equal(data(0, 0, np.array([2]), 2)[0], base[2, :2])
+    assert (data(1, 0, np.arange(4), 3) != base).any() and (data(0, 1, np.arange(4), 3) != base).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.floats(-8, 8), min_size=5, max_size=12, unique=True),
+    top_p=st.floats(0.05, 0.99),
+    top_k=st.integers(0, 5),
+)
+def test_truncation_keeps_the_smallest_set(logits, top_p, top_k):
+    kept = np.isfinite(np.asarray(truncate(jnp.array(logits, jnp.float32), top_p, top_k)))
+    order = np.argsort(np.float32(logits))[::-1]
+    order = order[:top_k] if top_k else order
+    chosen = np.float64(np.float32(logits))[order]
+    probability = np.exp(chosen) / np.exp(chosen).sum()
+    before = np.cumsum(probability) - probability
+    if np.abs(before - top_p).min() > 1e-5:  # float32 decides ties its own way
+        assert set(np.flatnonzero(kept)) == set(order[before < top_p])
+
+
+def test_draw_reports_the_untruncated_distribution_and_never_a_forbidden_token():
+    logits = jnp.array([[[5.0, 1.0, 0.5, 9.0]]])
+    config = SamplingConfig(0.5, 1.0, 2, end_token=1, pad_token=0, forbidden=(3,))
+    expected = np.asarray(jax.nn.log_softmax(logits))[0, 0]
+    for seed in range(20):
+        token, logprob = draw(logits, rollout_keys(seed, 0, np.zeros(1, int), 1), config)
+        assert int(token[0, 0]) in (0, 1)
+        assert float(logprob[0, 0]) == pytest.approx(float(expected[int(token[0, 0])]))
+
+
+def test_long_queries_are_refused_and_long_descriptions_cut(loaded):
+    encoder = loaded.engine.encoder
+    with pytest.raises(InputError, match="too long"):
+        encoder.prefix("where is it? " * 800, 8, 2.0)
+    encoded = encoder.turn2("an object " * 500, 10)
+    assert encoded.mask.sum() <= encoder.layout.turn2_prompt

@@ -1,0 +1,94 @@
+"""Training end to end, small: real clips, a real sidecar, real checkpoints."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from revseg_jax import export, train
+from revseg_jax.config import load_config
+from revseg_jax.data.synthetic_builder import prepare_synthetic
+from revseg_jax.errors import InputError
+from revseg_jax.policy.checkpoint import load_policy
+from revseg_jax.rollout.loading import load_engine
+from revseg_jax.train import tracker_client
+
+CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
+SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=3", "rollout.prompts_per_batch=1", "run.traces_every=1"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    prepare_synthetic(folder, "easy", 4, 2, seed=3, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client():
+    with tracker_client(load_config(CONFIG, ["tracker.threads=1"])) as client:
+        yield client
+
+
+def run(clips, client, folder, steps, *extra):
+    overrides = [*SMALL, f"data.train=[{clips}]", f"run.dir={folder}", f"run.steps={steps}", *extra]
+    config = load_config(CONFIG, overrides)
+    return train.train(config, load_engine(config), client)
+
+
+@pytest.fixture(scope="module")
+def finished(clips, client, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, run(clips, client, folder, 3, "run.checkpoint_every=2")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
+    folder, state = finished
+    metrics = lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    for row in metrics:
+        assert row["rollout/logprob_gap"] < 1e-5
+        assert 0 <= row["reward/format"] <= 1 and 1 <= row["rollout/turns"] <= 2
+    assert int(state.step) == 3
+    traces = lines(folder / "traces/step_000003.jsonl")
+    assert len(traces) == 6
+    assert np.mean([trace["reward"]["total"] for trace in traces]) == pytest.approx(metrics[-1]["reward/total"])
+    assert np.mean([trace["reward"]["mask"] for trace in traces]) == pytest.approx(metrics[-1]["reward/mask"])
+    manifest = json.loads((folder / "run.json").read_text())
+    assert manifest["versions"]["jax"] == jax.__version__ and len(manifest["data_fingerprints"]) == 1
+
+
+def test_a_stopped_run_goes_on_to_the_same_parameters(finished, clips, client, tmp_path):
+    folder, straight = finished
+    resumed = tmp_path / "resumed"
+    run(clips, client, resumed, 2, "run.checkpoint_every=2")
+    state = run(clips, client, resumed, 3, "run.checkpoint_every=2")
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    drop = ("time", "seconds")
+    same = [
+        [{k: v for k, v in row.items() if not k.startswith(drop)} for row in lines(path / "metrics.jsonl")]
+        for path in (folder, resumed)
+    ]
+    assert same[0] == same[1]
+
+
+def test_another_config_on_the_same_folder_is_refused(finished, clips, client):
+    folder, _ = finished
+    with pytest.raises(InputError, match="learning_rate"):
+        run(clips, client, folder, 4, "learner.learning_rate=0.1")
+
+
+def test_export_gives_the_trained_policy(finished, tmp_path):
+    folder, state = finished
+    export.main(str(folder), str(tmp_path / "hf"))
+    loaded = load_policy(tmp_path / "hf")
+    kernel = loaded.policy.text.layers.query.kernel[...]
+    np.testing.assert_array_equal(kernel, state.trained["text"]["layers"]["query"]["kernel"][...])
+    assert loaded.chain == load_config(CONFIG).chain
