@@ -121,7 +121,7 @@ def read_weight(
     names = weight.names[index[0]] if weight.stacked else weight.names
     views = [from_stored(weight, tensors[name].array())[index[weight.stacked :]] for name in names]
     if not weight.stacked:
-        return np.ascontiguousarray(views[0], dtype)
+        return np.array(views[0], dtype, order="C")  # a copy: the result must not depend on the file any more
     result = np.empty((len(views), *views[0].shape), dtype)
     for layer, view in enumerate(views):
         result[layer] = view

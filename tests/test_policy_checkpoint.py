@@ -1,0 +1,408 @@
+"""Policy folders: tokenizer, weights in and out, and what is said when something is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch_policy import load_ours, random_model
+from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from revseg_jax.config import ChainConfig
+from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.policy import checkpoint
+from revseg_jax.policy.checkpoint import load_policy, load_tokenizer, save_policy
+from revseg_jax.policy.config import from_hf, read_config, to_hf
+from revseg_jax.policy.embedded_tokenizer import SPECIAL_TOKENS, build_tokenizer, write_preprocessor
+from revseg_jax.policy.hf_weights import TABLE, load_weights, read_weight, save_weights, weights_of
+from revseg_jax.policy.safetensors_files import INDEX, SINGLE, open_checkpoint
+
+CORPUS = [
+    '<think>The red circle is largest in frame 12, when it leaves.</think>\n<answer>[{"frame_idx": 12}]</answer>',
+    'Detect the blue star: <answer>[{"bbox_2d": [12, 34, 156, 78], "label": "blue star"}]</answer>',
+] * 10
+
+
+@pytest.fixture(scope="module")
+def torch_model():
+    return random_model(20, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def source(torch_model, tmp_path_factory):
+    """A whole policy folder whose weights and config transformers wrote."""
+    folder = tmp_path_factory.mktemp("policies") / "source"
+    torch_model.save_pretrained(folder)
+    build_tokenizer(CORPUS, folder)
+    write_preprocessor(read_config(folder).vision, folder)
+    return folder
+
+
+@pytest.fixture
+def broken(source, tmp_path):
+    """A copy to be damaged."""
+    shutil.copytree(source, tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source):
+    return load_tokenizer(source)
+
+
+def leaves(policy) -> dict[tuple, np.ndarray]:
+    return {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(nnx.state(policy, nnx.Param))}
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = safetensors.numpy.load_file(folder / SINGLE)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+
+# Tokenizer
+
+
+def test_every_number_is_one_token_wherever_it_stands(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    for number in range(1000):
+        texts = ["{}", "[{}", ", {}", ",{}", " {}", "  {}", "a {}", "a{}", '": {},', "\n{}", "frame {}.", "-{}", "({})"]
+        for text in texts:
+            ids = tokenizer(text.format(number)).input_ids
+            digits = [token for token in ids if any(map(str.isdigit, tokenizer.decode([token])))]
+            assert digits == [vocabulary[str(number)]], text
+    box = tokenizer("[12, 34, 56, 78]").input_ids
+    assert [tokenizer.decode([token]) for token in box] == ["[", "12", ", ", "34", ", ", "56", ", ", "78", "]"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text() | st.text(st.sampled_from(" \n,.[]{}\"'0123456789abcé<|>/")))
+def test_any_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_special_tokens(tokenizer, source):
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    for token in SPECIAL_TOKENS:
+        assert len(tokenizer(f"a{token}b").input_ids) == 3
+    assert tokenizer.decode(tokenizer("<|im_start|>a<|image_pad|>").input_ids, skip_special_tokens=True) == "a"
+    published = (
+        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|vision_start|> <|vision_end|> <|vision_pad|>"
+    )
+    assert set(f"{published} <|image_pad|> <|video_pad|>".split()) <= SPECIAL_TOKENS.keys()
+    stop = json.loads((source / "generation_config.json").read_text())["eos_token_id"]
+    assert stop[0] == tokenizer.eos_token_id
+
+
+def test_vocabulary_size_is_known_and_bounded(tmp_path):
+    assert build_tokenizer(CORPUS, tmp_path, vocab_size=1300) == 1300
+    loaded = load_tokenizer(tmp_path)
+    assert len(loaded) == 1300 and set(loaded.get_vocab().values()) == set(range(1300))
+    with pytest.raises(InputError, match="vocab_size=1000 is too small"):
+        build_tokenizer(CORPUS, tmp_path, vocab_size=1000)
+
+
+def test_the_same_corpus_gives_the_same_tokenizer(source, tmp_path):
+    code = "import sys, json, pathlib; from revseg_jax.policy.embedded_tokenizer import build_tokenizer\n"
+    code += "build_tokenizer(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, json.dumps(CORPUS), str(tmp_path)], env=environment, check=True)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_chat_template_writes_the_published_format(tokenizer):
+    chat = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Where is it?"}]},
+        {"role": "assistant", "content": "Here."},
+        {"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": " Box \n"}]},
+    ]
+    expected = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Where is it?<|im_end|>\n"
+        "<|im_start|>assistant\nHere.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> Box \n<|im_end|>\n"
+    )
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == expected
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert prompt == expected + "<|im_start|>assistant\n"
+    chat.insert(0, {"role": "system", "content": "Be brief."})
+    own = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert own.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    numbered = tokenizer.apply_chat_template(chat, tokenize=False, add_vision_id=True)
+    assert "Video 1: <|vision_start|>" in numbered and "Picture 1: <|vision_start|>" in numbered
+
+
+def test_transformers_own_loaders_agree(tokenizer, source, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = 'frame 7 of 16: [{"bbox_2d": [1, 22, 333, 4]}]<|im_end|>'
+    assert AutoTokenizer.from_pretrained(source)(text).input_ids == tokenizer(text).input_ids
+    processor = AutoProcessor.from_pretrained(source)
+    inputs = processor(text="<|vision_start|><|image_pad|><|vision_end|>", images=np.zeros((32, 48, 3), np.uint8))
+    patch = read_config(source).vision.patch_size
+    assert inputs["image_grid_thw"].tolist() == [[1, 32 // patch, 48 // patch]]
+
+
+# Weights
+
+
+def test_every_parameter_is_in_the_table(source):
+    policy = load_ours(source)
+    assert {weight.path for weight in weights_of(policy)} == leaves(policy).keys()
+    assert len(weights_of(policy)) == len(TABLE)
+
+
+def test_transformers_loads_what_we_save(source, torch_model, tmp_path):
+    loaded = load_policy(source)
+    save_policy(loaded.policy, tmp_path / "out", source)
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.to_diff_dict() == type(model).from_pretrained(source).config.to_diff_dict()
+    expected = torch_model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, torch_model(input_ids=ids).logits)
+
+
+def test_transformers_loads_a_config_of_ours(source, tmp_path):
+    policy = load_ours(source)
+    save_policy(policy, tmp_path / "out")
+    assert read_config(tmp_path / "out") == policy.config
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_exact_in_the_stored_type(source, tmp_path, dtype):
+    first, second = tmp_path / "first", tmp_path / "second"
+    save_policy(load_ours(source), first, source, dtype=dtype)
+    save_policy(load_ours(first), second, first, dtype=dtype)
+    assert (first / SINGLE).read_bytes() == (second / SINGLE).read_bytes()
+    # The independent reader sees the type and values that torch's own rounding gives.
+    stored, original = safetensors.torch.load_file(first / SINGLE), safetensors.torch.load_file(source / SINGLE)
+    assert stored.keys() == original.keys()
+    for name in stored:
+        assert torch.equal(stored[name], original[name].to(getattr(torch, dtype))), name
+    config = json.loads((first / "config.json").read_text())
+    assert config["dtype"] == dtype
+    assert Qwen2_5_VLForConditionalGeneration.from_pretrained(first).dtype == getattr(torch, dtype)
+
+
+def test_param_dtype_and_stored_type(source, tmp_path):
+    loaded = load_policy(source, dtype="bfloat16", param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in leaves(loaded.policy).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert loaded.policy.dtype == ml_dtypes.bfloat16
+    save_policy(loaded.policy, tmp_path / "out", source)  # the parameters' own type
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out")[0].values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_shards_and_both_layouts_of_names(source, broken):
+    policy = load_ours(source)
+    expected = leaves(policy)
+    (broken / SINGLE).unlink()
+    save_weights(policy, broken, "float32", shard_bytes=50_000)
+    files = sorted(path.name for path in broken.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((broken / name).stat().st_size < 60_000 for name in files)
+    index = json.loads((broken / INDEX).read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in expected.values())
+    sharded = leaves(load_ours(broken))
+    assert all((sharded[path] == expected[path]).all() for path in expected)
+    assert not any(Qwen2_5_VLForConditionalGeneration.from_pretrained(broken, output_loading_info=True)[1].values())
+
+    def as_modules_are_named(tensors):
+        for name in list(tensors):
+            new = name.replace("model.", "model.language_model.").replace("visual.", "model.visual.")
+            tensors[new] = tensors.pop(name)
+
+    shutil.copy(source / SINGLE, broken)
+    edit_tensors(broken, as_modules_are_named)
+    renamed = leaves(load_ours(broken))
+    assert all((renamed[path] == expected[path]).all() for path in expected)
+
+
+def test_parts_of_a_parameter_can_be_read_alone(source):
+    policy = load_ours(source)
+    tensors, _ = open_checkpoint(source)
+    whole = leaves(policy)
+    for weight in weights_of(policy):
+        index = tuple(slice(size // 2, None) for size in weight.shape)
+        part = read_weight(weight, tensors, np.dtype(np.float32), index)
+        np.testing.assert_array_equal(part, whole[weight.path][index])
+
+
+def test_all_wrong_tensors_are_named_at_once(broken):
+    def change(tensors):
+        del tensors["model.norm.weight"], tensors["visual.blocks.1.attn.qkv.bias"]
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((3, 5), np.float32)
+        tensors["model.layers.0.surprise"] = np.zeros(4, np.float32)
+        tensors["model.layers.1.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"].astype(int)
+
+    edit_tensors(broken, change)
+    with pytest.raises(InputError) as caught:
+        load_policy(broken)
+    message = str(caught.value)
+    assert str(broken) in message and "\n" not in message
+    for problem in (
+        "model.norm.weight is missing",
+        "visual.blocks.1.attn.qkv.bias is missing",
+        "model.layers.0.mlp.up_proj.weight has shape [3, 5], not [",
+        "model.layers.0.surprise is unexpected",
+        "model.layers.1.input_layernorm.weight has type I64",
+    ):
+        assert message.count(problem) == 1, message
+
+
+def test_broken_files_are_named(source, broken):
+    size = (broken / SINGLE).stat().st_size
+    for length, words in ((size - 1, "is truncated: "), (40, "is truncated or not"), (0, "is truncated or not")):
+        (broken / SINGLE).write_bytes((source / SINGLE).read_bytes()[:length])
+        with pytest.raises(InputError, match=f"{SINGLE} {words}"):
+            load_policy(broken)
+    (broken / SINGLE).write_bytes(b"\x10" + bytes(7) + b"not json at all " + bytes(99))
+    with pytest.raises(InputError, match=f"{SINGLE} is not a safetensors file"):
+        load_policy(broken)
+    (broken / SINGLE).unlink()
+    with pytest.raises(InputError, match=f"neither {SINGLE} nor {INDEX}"):
+        load_policy(broken)
+    save_weights(load_ours(source), broken, "float32", shard_bytes=50_000)
+    first, second = sorted(broken.glob("*.safetensors"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-8])
+    with pytest.raises(InputError) as caught:
+        load_policy(broken)
+    assert f"{first.name} is missing" in str(caught.value) and f"{second.name} is truncated" in str(caught.value)
+    assert "weight is missing" not in str(caught.value)  # the file is what is missing
+    (broken / INDEX).write_text("[1, 2]")
+    with pytest.raises(InputError, match="is not an index"):
+        load_policy(broken)
+
+
+def test_tied_embeddings(tmp_path):
+    random_model(21, tie_word_embeddings=True).save_pretrained(tmp_path)
+    policy = load_ours(tmp_path)
+    assert not hasattr(policy.text, "lm_head") and len(weights_of(policy)) == len(TABLE) - 1
+    # Some published files carry the tied tensor a second time.
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    load_ours(tmp_path)
+
+
+# Folders
+
+
+def test_folder_round_trip(source, tmp_path):
+    chain = ChainConfig(
+        frames=8, frame_size=112, system_prompt='Say: {nothing} "more"\n\'', turn2_prompt="{description}"
+    )
+    loaded = load_policy(source)
+    assert loaded.chain is None and loaded.folder == source
+    save_policy(loaded.policy, tmp_path / "new" / "out", source, chain)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    again = load_policy(tmp_path / "new" / "out")
+    assert again.chain == chain
+    assert again.policy.config == loaded.policy.config
+    assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+    assert again.tokenizer.chat_template == loaded.tokenizer.chat_template
+    assert {path.name for path in source.iterdir()} | {"chain.yaml"} == {path.name for path in again.folder.iterdir()}
+    # Everything of the source's config.json is kept.
+    assert json.loads((again.folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_another_policys_config_is_not_copied(source, tmp_path):
+    random_model(22).save_pretrained(tmp_path / "other")
+    policy = load_ours(tmp_path / "other")
+    save_policy(policy, tmp_path / "out", source)
+    assert read_config(tmp_path / "out") == policy.config
+
+
+def test_an_existing_folder_is_not_overwritten(source, tmp_path):
+    policy = load_ours(source)
+    (tmp_path / "out").mkdir()
+    save_policy(policy, tmp_path / "out", source)  # an empty one is fine
+    with pytest.raises(InputError, match="out exists already"):
+        save_policy(policy, tmp_path / "out", source)
+
+
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    def full(policy, folder, dtype):
+        (folder / SINGLE).write_bytes(bytes(100))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_weights", full)
+    with pytest.raises(RunFailure, match="cannot write .*out: No space left on device"):
+        save_policy(load_ours(source), tmp_path / "out", source)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailure, match="cannot write"):
+        save_policy(load_ours(source), tmp_path / "file" / "out", source)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_missing_files_are_named(broken, name):
+    (broken / name).unlink()
+    with pytest.raises(InputError, match=f"lacks {name}"):
+        load_policy(broken)
+
+
+def test_wrong_folders_are_one_clear_line(broken, tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        load_policy(tmp_path / "nowhere")
+    config = json.loads((broken / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "qwen2_vl"}, "'qwen2_vl', not 'qwen2_5_vl'"),
+        ({"text_config": {**config["text_config"], "hidden_act": "relu"}}, "not supported: hidden_act='relu'"),
+        ({"vision_config": {}}, "missing vision_config.depth, vision_config.hidden_size"),
+    ):
+        (broken / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=words):
+            load_policy(broken)
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "chain.yaml").write_text("frames: many\n")
+    with pytest.raises(InputError, match="chain.yaml: .*many"):
+        load_policy(broken)
+    (broken / "chain.yaml").unlink()
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer in .* cannot be read") as caught:
+        load_policy(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_does_not_import_torch(source):
+    code = "import sys; from revseg_jax.policy.checkpoint import load_policy; load_policy(sys.argv[1])\n"
+    code += "assert 'jax' in sys.modules and not {'torch', 'tensorflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(source)], check=True)
+
+
+def test_problems_leave_the_policy_as_it_was(source, broken):
+    policy = load_ours(source)
+    before = leaves(policy)
+    edit_tensors(broken, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(InputError):
+        load_weights(broken, policy)
+    after = leaves(policy)
+    assert all((before[path] == after[path]).all() for path in before)
+
+
+def test_the_config_keys_survive_a_round_trip(source):
+    config = read_config(source)
+    assert from_hf(to_hf(config)) == config
+    tied = dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=True))
+    assert from_hf(to_hf(tied)) == tied
