@@ -19,7 +19,7 @@ import pytest
 import sam2.sam2_video_predictor
 import sam2.utils.misc
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
@@ -172,6 +172,7 @@ def stored(clip: np.ndarray | list[bytes]) -> Clip:
 # --- what a prompt remembers
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 30), data=st.data(), reach=st.integers(0, 8))
 def test_a_chain_visits_each_frame_once_and_remembers_what_sam2_looks_up(total, data, reach):
     keyframe = data.draw(st.integers(0, total - 1))
@@ -191,6 +192,7 @@ def test_a_chain_visits_each_frame_once_and_remembers_what_sam2_looks_up(total, 
     assert [chain.asked_for(s, reach) for s in range(len(chain))] == [s in asked for s in range(len(chain))]
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 40), data=st.data())
 def test_a_chain_for_some_frames_has_the_memories_of_the_whole(model, total, data):
     keyframe = data.draw(st.integers(0, total - 1))
@@ -209,6 +211,7 @@ def test_a_chain_for_some_frames_has_the_memories_of_the_whole(model, total, dat
 # --- masks on the wire
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_masks_survive_the_wire(height, width, density, seed):
     masks = np.random.default_rng(seed).random((2, height, width)) < density
@@ -216,6 +219,7 @@ def test_masks_survive_the_wire(height, width, density, seed):
     np.testing.assert_array_equal(decode_masks(encode_masks(masks), height, width), masks)
 
 
+@settings(deadline=None)
 @given(
     st.binary(min_size=1, max_size=30) | st.text("0123456789:;<=>?@ABCDEFGNOPQRVZ_abcdo", min_size=1).map(str.encode)
 )
@@ -252,7 +256,7 @@ def test_logits_are_those_of_the_stock_predictor(model, tmp_path):
     for rows, at, logits in propagate(model, FRAMES, lambda f: engine._look_up(clip, f), chains, boxes):
         found[rows, at] = torch.nn.functional.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear")[:, 0]
     expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0)
 
 
 def test_absent_objects_and_the_order_of_prompts(client, model, tmp_path):
@@ -581,11 +585,11 @@ def start(checkpoint: Path, config: Path, port: int = 0, wait: bool = True) -> t
 
 
 def test_killed_started_again_and_drained(checkpoint, config):
-    clip, prompts = moving_shapes(16), some_prompts(64, 16)
+    clip, prompts = moving_shapes(16), some_prompts(32, 16)
     truth = np.ones((16, HEIGHT, WIDTH), bool)
     process, port = start(checkpoint, config)
     try:
-        with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        with TrackerClient([f"127.0.0.1:{port}"], patience_seconds=300) as client:
             few = client.score(clip, prompts[:2], truth)
             pending = client.score_async(clip, prompts, truth)
             time.sleep(0.3)
@@ -595,7 +599,7 @@ def test_killed_started_again_and_drained(checkpoint, config):
             assert not check("127.0.0.1", port)
             process, _ = start(checkpoint, config, port)
             assert_equal(client.score(clip, prompts[:2], truth), few)
-            first = pending.result(60)  # asked again by itself
+            first = pending.result(300)  # asked again by itself
             assert check("127.0.0.1", port)
 
             pending = client.score_async(clip, prompts, truth)
@@ -608,8 +612,8 @@ def test_killed_started_again_and_drained(checkpoint, config):
                 with pytest.raises(RunFailure):
                     late.track(clip, prompts[:1])
             assert not pending.done()
-            assert_equal(pending.result(60), first)
-            assert process.wait(30) == 0
+            assert_equal(pending.result(300), first)
+            assert process.wait(60) == 0
     finally:
         process.kill()
 

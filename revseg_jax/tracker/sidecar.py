@@ -8,21 +8,18 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from queue import SimpleQueue
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import revseg_jax
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.tracker import tracker_pb2, tracker_pb2_grpc
-from revseg_jax.tracker.clips import Limits
-from revseg_jax.tracker.engine import Engine
-from revseg_jax.tracker.model import build_tracker
-from revseg_jax.tracker.service import Description, TrackerService
 from revseg_jax.tracker.wire import MESSAGE_BYTES
 
 SERVICE = tracker_pb2.DESCRIPTOR.services_by_name["Tracker"].full_name
@@ -47,21 +44,13 @@ def main(
 
     Raises InputError for a checkpoint or config that does not load, RunFailure when the port cannot be had.
     """
-    stop = threading.Event()
+    signals = SimpleQueue()  # the one queue that a signal handler may safely put into
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
+        signal.signal(name, lambda number, _: signals.put(number))
     if parent is not None:
-        threading.Thread(target=_follow, args=(parent, stop), daemon=True).start()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    device = _device(device)
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     server, port_taken = _bind(host, port)
-    versions = {"revseg_jax": revseg_jax.__version__, "sam2": version("sam2"), "torch": torch.__version__}
-    service = TrackerService(
-        Engine(build_tracker(config, checkpoint, device)),
-        Description(str(checkpoint), str(config), versions),
-        Limits(),
-    )
+    service = _service(checkpoint, config, device, threads)
     tracker_pb2_grpc.add_TrackerServicer_to_server(service, server)
     health_service = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -70,20 +59,33 @@ def main(
     for name in ("", SERVICE):
         health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
     print(f"sidecar serving on {host}:{port_taken}", flush=True)
-    stop.wait()
+    signals.get()
     health_service.enter_graceful_shutdown()  # from now on NOT_SERVING
     service.drain(DRAIN_SECONDS)
     server.stop(grace=1.0).wait()  # lets the last answers out
     return 0
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def _service(checkpoint: str, config: str, device: str, threads: int | None) -> tracker_pb2_grpc.TrackerServicer:
+    # Torch takes seconds to load: not before it is known that there is a port to serve on.
+    import torch
+
+    from revseg_jax.tracker.clips import Limits
+    from revseg_jax.tracker.engine import Engine
+    from revseg_jax.tracker.model import build_tracker
+    from revseg_jax.tracker.service import Description, TrackerService
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device this machine lacks
-        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    versions = {"revseg_jax": revseg_jax.__version__, "sam2": version("sam2"), "torch": torch.__version__}
+    engine = Engine(build_tracker(config, checkpoint, device))
+    return TrackerService(engine, Description(str(checkpoint), str(config), versions), Limits())
 
 
 def _bind(host: str, port: int) -> tuple[grpc.Server, int]:
@@ -102,11 +104,10 @@ def _bind(host: str, port: int) -> tuple[grpc.Server, int]:
         raise RunFailure(f"the sidecar cannot listen on {host}:{port} (--port 0 takes a free one): {error}") from None
 
 
-def _follow(parent: int, stop: threading.Event) -> None:
+def _follow(parent: int) -> None:
     """Ends this process when its parent is gone: whoever was to stop it no longer can."""
     while os.getppid() == parent:
-        if stop.wait(0.5):
-            return
+        time.sleep(0.5)
     os._exit(0)
 
 
