@@ -1,0 +1,217 @@
+"""A user's video, a file or a folder of images: upright frames in presentation order, never all of them in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from revseg_jax.data.container import declared_size
+from revseg_jax.errors import InputError, RunFailure
+
+IMAGES = (".jpg", ".jpeg", ".png")
+FOLDER_FPS = 24  # a folder of frames has no times; DAVIS's are 24 a second
+
+
+@dataclass(frozen=True)
+class Video:
+    """T frames of one size. Only their times are held; each reading decodes anew.
+
+    Attributes:
+      path: a file, or a folder of images
+      height, width: pixels of the frames as they are shown, after the rotation that the file asks for. Frames whose
+        pixels are not square (pixel aspect ratio other than 1) are not stretched: masks are for the stored pixels
+      pts: int64 [T], when each frame is shown, strictly increasing from 0, in units of time_base
+      last: how long the last frame is shown, in the same units
+      time_base: seconds
+      images: the files of a folder, in order; empty for a video file
+    """
+
+    path: Path
+    height: int
+    width: int
+    pts: np.ndarray
+    last: int
+    time_base: Fraction
+    images: tuple[Path, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 [T], seconds from the first frame."""
+        return self.pts * float(self.time_base)
+
+    @property
+    def duration(self) -> Fraction:
+        """Seconds, those of the last frame included."""
+        return (int(self.pts[-1]) + self.last) * self.time_base
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second on average."""
+        return len(self) / self.duration
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """All frames, uint8 [height, width, 3] RGB. RunFailure when they are not those there were at opening."""
+        return (pixels for _, pixels in self.read(range(len(self))))
+
+    def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, frame as in `frames`) of the chosen ones, in increasing order, in one pass up to the last."""
+        wanted = frozenset(indices)
+        with closing(_images(self.images) if self.images else _decode(self.path)) as source:
+            for index in range(max(wanted, default=-1) + 1):
+                frame = next(source, None)
+                if frame is None or _size(frame) != (self.height, self.width):
+                    raise RunFailure(f"{self.path} changed while it was being read: frame {index} is not what it was")
+                if index in wanted:
+                    yield index, _pixels(frame)
+
+
+def open_video(path: str | Path, progress: bool = False) -> Video:
+    """Decodes every frame once: that alone tells for certain how many there are, and that all can be read.
+
+    Raises InputError in one line: nothing there, not a video, no video stream, no frames, a file that is truncated or
+    damaged (with the number of frames that can be read), an image that cannot be read, frames of several sizes.
+    """
+    path = Path(path)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise InputError(f"video {path} cannot be opened: {getattr(error, 'strerror', error)}") from None
+    images = _list_images(path) if path.is_dir() else ()
+    pts, durations, size, time_base = [], [], None, Fraction(1, FOLDER_FPS)
+    with closing(_images(images) if images else _decode(path)) as source:
+        for frame in tqdm(source, "reading the video", unit=" frames", leave=False, disable=None if progress else True):
+            if size is not None and _size(frame) != size:
+                raise InputError(
+                    f"video {path}: frame {len(pts)}{f' ({images[len(pts)].name})' if images else ''} is "
+                    f"{_size(frame)[1]} x {_size(frame)[0]} pixels, those before it {size[1]} x {size[0]}"
+                )
+            size = _size(frame)
+            pts.append(len(pts) if images else frame.pts)
+            durations.append(1 if images else frame.duration)
+            time_base = time_base if images else frame.time_base
+    if not images and (not pts or _cut_off(path)):
+        raise InputError(_complaint(path, len(pts), "it holds no frame that can be decoded"))
+    timeline, last = _timeline(pts, durations, time_base)
+    return Video(path, *size, timeline, last, time_base, images)
+
+
+def _timeline(pts: list[int | None], durations: list[int], time_base: Fraction) -> tuple[np.ndarray, int]:
+    """Strictly increasing times from 0, and how long the last frame lasts, from what the container tells."""
+    usual = int(np.median(durations)) or max(1, round(1 / (FOLDER_FPS * time_base)))
+    if None in pts:  # a raw stream
+        return np.arange(len(pts)) * usual, usual
+    # Frames come in presentation order; where their times do not (AVI numbers them as they were coded), the set of
+    # times still holds.
+    times = np.sort(np.array(pts, np.int64))
+    ticks = np.arange(len(times))
+    times = np.maximum.accumulate(times - ticks) + ticks  # equal times move apart by a tick
+    if not durations[-1] and len(times) > 1:
+        usual = max(1, round(int(times[-1] - times[0]) / (len(times) - 1)))
+    return times - times[0], durations[-1] or usual
+
+
+def _decode(path: Path) -> Iterator[av.VideoFrame]:
+    """Frames of the best video stream in presentation order. Raises InputError."""
+    count = 0
+    try:
+        # "file:" and an absolute path, or a name with a colon in it would be taken for an address.
+        with av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"}) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a song's cover
+                raise InputError(f"video {path} has no video stream")
+            if stream.codec_context is None:
+                raise InputError(f"video {path} has a codec that cannot be decoded here")
+            stream.thread_type = "AUTO"
+            try:
+                for packet in container.demux(stream):
+                    try:
+                        frames = packet.decode()
+                    except av.error.FFmpegError:
+                        if count:
+                            raise
+                        frames = []  # a stream cut out of a longer one begins with what needs frames before it
+                    for frame in frames:
+                        count += 1
+                        yield frame
+            except av.error.FFmpegError:
+                for frame in stream.decode():  # those read before the error
+                    count += 1
+                    yield frame
+                raise
+    except av.error.FFmpegError as error:
+        raise InputError(_complaint(path, count, error.strerror)) from None
+
+
+def _complaint(path: Path, count: int, reason: str) -> str:
+    readable = f"only {count} frames can be read" if count else "no frame can be read"
+    if _cut_off(path):
+        sizes = f"{path.stat().st_size} of {declared_size(path)} bytes"
+        return f"video {path} is truncated ({sizes}, {readable}): give the whole file"
+    return f"video {path} is damaged, {readable}: {reason}" if count else f"video {path} cannot be read: {reason}"
+
+
+def _cut_off(path: Path) -> bool:
+    return (declared_size(path) or 0) > path.stat().st_size
+
+
+def _list_images(folder: Path) -> tuple[Path, ...]:
+    """In the order a person would number them: 2.png before 10.png."""
+
+    def natural(path: Path) -> list:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
+    if not files:
+        raise InputError(f"video folder {folder} holds no JPEG or PNG images")
+    return tuple(sorted(files, key=natural))
+
+
+def _images(paths: Iterable[Path]) -> Iterator[Image.Image]:
+    """Upright RGB images. Raises InputError."""
+    for path in paths:
+        try:
+            with Image.open(path, formats=["JPEG", "PNG"]) as image:
+                yield ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"image {path} cannot be read: {error}") from None
+
+
+def _size(frame: Image.Image | av.VideoFrame) -> tuple[int, int]:
+    """Height and width of a frame as it is shown."""
+    swapped = isinstance(frame, av.VideoFrame) and _orientation(frame)[0]
+    return (frame.width, frame.height) if swapped else (frame.height, frame.width)
+
+
+def _pixels(frame: Image.Image | av.VideoFrame) -> np.ndarray:
+    """uint8 [height, width, 3] of a frame as it is shown."""
+    if isinstance(frame, Image.Image):
+        return np.asarray(frame)
+    swap, flip_rows, flip_columns = _orientation(frame)
+    pixels = frame.to_ndarray(format="rgb24")
+    pixels = pixels.swapaxes(0, 1) if swap else pixels
+    return np.ascontiguousarray(pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """(swap rows and columns, then flip rows, flip columns) that show a frame as its display matrix wants.
+
+    FFmpeg's matrix takes (x, y) to (a x + c y, b x + d y) and starts a, b, u, c, d; phones use quarter turns and mirror
+    images only, so other angles count as the nearest of these.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
