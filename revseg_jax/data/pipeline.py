@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 
 import grain
 import numpy as np
-from absl import flags
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.clip import Clip, boxes_and_areas
@@ -109,32 +108,25 @@ def stack(examples: Sequence[Example]) -> Batch:
     return Batch(**columns)
 
 
-class _Steps:
-    """Element s is this process's part of training step s.
-
-    A step is the unit that Grain reads, prefetches and counts, so neither the number of worker processes nor that of
-    hosts changes which prompts a step holds, and a resumed run begins at a whole step.
-    """
+class _Examples:
+    """This process's Examples, in the order in which training takes them."""
 
     def __init__(self, source: ClipSource, chain: ChainConfig, prompts: int, seed: int, process: int, processes: int):
         self._source, self._chain, self._prompts = source, chain, prompts
-        self._first, self._count = process * prompts // processes, prompts // processes
+        self._share, self._first = prompts // processes, process * prompts // processes
         # repeat() shuffles anew in each epoch; an epoch's last prompts share their step with the next one's first.
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def __len__(self) -> int:
-        return len(self._order) // self._prompts
+        return len(self._order) // self._prompts * self._share
 
-    def __getitem__(self, step: int) -> Batch:
-        start = step * self._prompts + self._first
-        examples = (
-            make_example(self._source[int(self._order[index])], index, self._chain)
-            for index in range(start, start + self._count)
-        )
-        return stack(list(examples))
+    def __getitem__(self, position: int) -> Example:
+        step, slot = divmod(position, self._share)
+        index = step * self._prompts + self._first + slot
+        return make_example(self._source[int(self._order[index])], index, self._chain)
 
-    def __repr__(self) -> str:  # Grain compares it when an iterator's state is restored
-        return f"Steps({self._source}, {self._prompts} prompts, from {self._first}, {self._count})"
+    def __repr__(self) -> str:
+        return f"Examples({self._source}, {self._share} from {self._first} of {self._prompts} prompts a step)"
 
 
 def training_steps(
@@ -150,19 +142,17 @@ def training_steps(
 
     Each of `process_count` processes gets a contiguous part of every step: joined in the order of the processes, the
     parts are the batch that a single process would get. `iter()` of the dataset gives an iterator with `get_state()`
-    and `set_state()`, which resume exactly after the last batch taken. `workers` > 0 reads in that many processes of
-    their own and changes nothing in the batches, but a state can only be restored with the same number of workers; a
-    program that uses them needs the usual `if __name__ == "__main__"` guard. Raises InputError when the processes
-    cannot share a step evenly.
+    and `set_state()`, which resume exactly after the last batch taken. Frames of up to two coming steps are decoded
+    ahead by `workers` threads (0 means one); their number changes nothing in batches or states. Raises InputError when
+    the processes cannot share a step evenly.
     """
     if prompts_per_step % process_count:
         raise InputError(
             f"rollout.prompts_per_step={prompts_per_step} must be a multiple of the {process_count} processes"
         )
-    steps = _Steps(source, chain, prompts_per_step, seed, process_index, process_count)
-    # Two steps ahead are enough: one step of the 7B recipe is a gigabyte of frames.
-    dataset = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-    if workers:
-        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags here; a program without absl.app never parses them
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
-    return dataset
+    examples = _Examples(source, chain, prompts_per_step, seed, process_index, process_count)
+    # Threads rather than processes: decoding and resizing release the GIL, and neither pickling a gigabyte of frames a
+    # step nor the slow end of Grain's worker processes (25 s each, when their queues are full) is worth it.
+    share, threads = prompts_per_step // process_count, max(workers, 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * share, threads))
+    return grain.MapDataset.source(examples).to_iter_dataset(options).batch(share, batch_fn=stack)
