@@ -63,7 +63,7 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "test"
     test_clips: int = 0  # how many test examples to evaluate; 0 means all
-    workers: int = 0  # Grain worker processes; 0 reads in the main process
+    workers: int = 0  # reading threads; 0 means one
 
 
 @dataclass(frozen=True)

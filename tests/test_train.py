@@ -53,7 +53,7 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     metrics = lines(folder / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
     for row in metrics:
-        assert row["rollout/logprob_gap"] < 1e-5
+        assert row["rollout/logprob_gap"] < 2e-5  # the largest of all tokens; float32 resolves a logprob of -10 to 1e-6
         assert 0 <= row["reward/format"] <= 1 and 1 <= row["rollout/turns"] <= 2
     assert int(state.step) == 3
     traces = lines(folder / "traces/step_000003.jsonl")

@@ -64,7 +64,7 @@ def turn1_answer(thought: str, frame_idx: int, description: str) -> str:
 
 def turn2_answer(box: Sequence[float], label: str) -> str:
     """A second answer that follows every rule; `box` in keyframe pixels is rounded to integers. Without <|im_end|>."""
-    answer = json.dumps([{BOX_KEYS[0]: [round(v) for v in box], "label": label}], ensure_ascii=False)
+    answer = json.dumps([{"label": label, BOX_KEYS[0]: [round(v) for v in box]}], ensure_ascii=False)
     return f"<answer>{answer}</answer>"
 
 

@@ -114,5 +114,5 @@ class Learner:
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {name: value.max() if name == "logprob_gap" else value.mean() for name, value in metrics.items()}
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return TrainState(trained, optimizer, state.step + 1), metrics

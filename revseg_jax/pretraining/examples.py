@@ -131,8 +131,8 @@ def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[
     """What stands at the centre of each patch, for the auxiliary loss that teaches the vision tower to see.
 
     frames: int [F] among the sampled ones; side: patches a row. Results in merge order: colour and shape int32
-    [F, side * side] (the number of classes means background), box float32 [F, side * side, 4]: distances to the
-    object's left, top, right and bottom as shares of the image.
+    [F, side * side] (the number of classes means background); the object's box float32 [F, side * side, 4] as shares
+    of the image, `place` measured from the image's corner and `edges` from the patch's centre.
     """
     size = seen.size
     rows, columns = merge_order(side, side, merge)
@@ -146,7 +146,8 @@ def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[
     return {
         "colour": np.where(found, colours[which], len(COLOURS)).astype(np.int32),
         "shape": np.where(found, shapes[which], len(SHAPES)).astype(np.int32),
-        "box": np.where(found[..., None], boxes - centre, 0).astype(np.float32),
+        "place": np.where(found[..., None], boxes, 0).astype(np.float32),
+        "edges": np.where(found[..., None], boxes - centre, 0).astype(np.float32),
     }
 
 

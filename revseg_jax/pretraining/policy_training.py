@@ -28,12 +28,13 @@ from revseg_jax.pretraining.examples import DENSE_CLASSES, ExampleMaker, batches
 from revseg_jax.pretraining.primitives import corpus
 
 DIFFICULTY = "easy"
-VISION_STEPS, STEPS = 250, 1000  # of the shipped policy
+VISION_STEPS, STEPS = 160, 600  # of the shipped policy
 CORPUS_SCENES = 300  # that the tokenizer's vocabulary is learned from
 CLIPS = 8  # a step
 SUFFIXES = (1, 2, 1)  # whole chains, boxes on a frame, questions on the video, for every clip
 SLOTS = 208  # tokens a suffix has room for
-DENSE_WEIGHT = 0.3  # of the auxiliary loss while conversations are trained
+DENSE_WEIGHT, LOCATED_WEIGHT = 0.2, 0.4  # of the auxiliary losses while conversations are trained
+LOCATED_LAYER = 2  # the third of four: two layers to find out where things are, two to tell
 
 
 def tiny_model(tokenizer) -> ModelConfig:
@@ -60,10 +61,11 @@ def tiny_model(tokenizer) -> ModelConfig:
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        # mRoPE gives width the slowest frequencies: with the usual base a picture of 6 columns would turn them by 0.02
-        # radians, and this model has no other way to tell where something is.
-        rope_theta=20.0,
-        mrope_section=(4, 6, 6),
+        # mRoPE hands out frequencies from fast to slow to time, height and width. With equal shares and the usual base,
+        # 6 columns would turn width's by 0.02 radians, and this model has no other way to tell where something is;
+        # with a small base no slow frequency is left for finding things by their content.
+        rope_theta=3000.0,
+        mrope_section=(2, 3, 11),
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     )
@@ -78,7 +80,13 @@ def tiny_model(tokenizer) -> ModelConfig:
 
 
 class Learner(nnx.Module):
-    """The policy with the auxiliary head that is thrown away afterwards."""
+    """The policy with two auxiliary heads that are thrown away afterwards.
+
+    `dense` reads the vision tower's features: what stands here, and how far its edges are. `located` reads what the
+    decoder's other tokens see of a visual token, its values at `LOCATED_LAYER`: what stands here, and where in the
+    picture. The tower cannot know the second (its positions are relative), and a decoder of this size does not find
+    out within an hour how to tell it from rotary offsets unless it is asked directly.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.policy = Policy(config, rngs=rngs)
@@ -86,9 +94,11 @@ class Learner(nnx.Module):
         self.cells = vision.temporal_patch_size * vision.spatial_merge_size**2
         outputs = self.cells * (DENSE_CLASSES + 4)
         self.dense = Linear((vision.out_hidden_size, outputs), (outputs,), rngs=rngs)
+        value_width = config.text.num_kv_heads * config.text.head_dim
+        self.located = Linear((value_width, outputs), (outputs,), rngs=rngs)
 
-    def dense_loss(self, features: jax.Array, labels: dict[str, jax.Array]) -> jax.Array:
-        """features [B, slices * tokens, hidden]; labels of the slices' frames [B, slices * temporal, patches(, 4)]."""
+    def patch_loss(self, head: Linear, features: jax.Array, labels: dict[str, jax.Array]) -> jax.Array:
+        """features [B, slices * tokens, width]; labels of the slices' frames [B, slices * temporal, patches(, 4)]."""
         merged = self.policy.config.vision.spatial_merge_size**2
         batch, frames, patches = labels["colour"].shape
         temporal = self.cells // merged
@@ -98,7 +108,7 @@ class Learner(nnx.Module):
             return jnp.moveaxis(label.reshape(shape), 2, 3)  # [B, slices, tokens, temporal, merged, ...]
 
         colour, shape, box = (arrange(labels[name]) for name in ("colour", "shape", "box"))
-        outputs = self.dense("btd,do->bto", features).reshape(*colour.shape, DENSE_CLASSES + 4)
+        outputs = head("btd,do->bto", features).reshape(*colour.shape, DENSE_CLASSES + 4)
         colours, shapes, boxes = jnp.split(outputs, [len(COLOURS) + 1, DENSE_CLASSES], axis=-1)
         found = (colour < len(COLOURS)).astype(jnp.float32)
         weight = found + 0.2 * (1 - found)  # objects cover few patches
@@ -108,18 +118,22 @@ class Learner(nnx.Module):
         return ((loss * weight).sum() + distance.sum()) / weight.sum()
 
 
+def patch_labels(batch: dict[str, jax.Array], kind: str, box: str) -> dict[str, jax.Array]:
+    """Labels of the batch's videos or images for `Learner.patch_loss`; box: "edges" or "place"."""
+    labels = {"colour": batch[f"{kind}_colour"], "shape": batch[f"{kind}_shape"], "box": batch[f"{kind}_{box}"]}
+    if kind == "video":
+        return labels
+    # An image is its own temporal pair: both halves of the patch see the same frame.
+    return {name: jnp.repeat(label.reshape(-1, 1, *label.shape[2:]), 2, 1) for name, label in labels.items()}
+
+
 def features_and_dense_loss(learner: Learner, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Features of the videos [B, V, hidden] and of the images [B, I, K, hidden], and the auxiliary loss over both."""
     prompts, images = batch["images"].shape[:2]
     video = learner.policy.encode(batch["frames"])
     image = learner.policy.encode(batch["images"].reshape(prompts * images, *batch["images"].shape[2:]))
-    labels = {name: batch[f"video_{name}"] for name in ("colour", "shape", "box")}
-    # An image is its own temporal pair: both halves of the patch see the same frame.
-    doubled = {
-        name: jnp.repeat(batch[f"image_{name}"].reshape(prompts * images, 1, *batch[f"image_{name}"].shape[2:]), 2, 1)
-        for name in ("colour", "shape", "box")
-    }
-    loss = learner.dense_loss(video, labels) + learner.dense_loss(image, doubled)
+    loss = learner.patch_loss(learner.dense, video, patch_labels(batch, "video", "edges"))
+    loss += learner.patch_loss(learner.dense, image, patch_labels(batch, "image", "edges"))
     return video, image.reshape(prompts, images, *image.shape[1:]), loss
 
 
@@ -136,12 +150,35 @@ def conversation_loss(
         jnp.ones((prompts, length), bool),
         video,
     )
-    image = jnp.pad(image, ((0, 0), (0, suffixes - image.shape[1]), (0, 0), (0, 0)))
-    hidden = policy.suffix_hidden(prefix, tokens, jnp.moveaxis(batch["positions"], 1, 0), batch["mask"], image)
+    x = policy.embed(tokens, jnp.pad(image, ((0, 0), (0, suffixes - image.shape[1]), (0, 0), (0, 0))))
+    visible = jnp.tril(jnp.ones((tokens.shape[2],) * 2, bool)) & batch["mask"][:, :, None, :]
+    hidden, _, values = policy.text(x, jnp.moveaxis(batch["positions"], 1, 0), visible, prefix)
+    located = located_loss(learner, batch, prefix_tokens, prefix.value[LOCATED_LAYER], values[LOCATED_LAYER])
     logprobs, _ = chunked_logprobs(policy, hidden[:, :, :-1], tokens[:, :, 1:], 2048)
     trained = batch["trained"][:, :, 1:]
     loss = -(logprobs * trained).sum() / trained.sum()
-    return loss + DENSE_WEIGHT * dense, {"loss": loss, "dense": dense}
+    total = loss + DENSE_WEIGHT * dense + LOCATED_WEIGHT * located
+    return total, {"loss": loss, "dense": dense, "located": located}
+
+
+def located_loss(
+    learner: Learner, batch: dict[str, jax.Array], prefix_tokens: jax.Array, prefix: jax.Array, suffix: jax.Array
+) -> jax.Array:
+    """The auxiliary loss on the decoder's values: prefix [B, P, heads, width], suffix [B, G, S, heads, width]."""
+    config = learner.policy.config
+    merged = config.vision.spatial_merge_size**2
+    count = batch["video_colour"].shape[1] * batch["video_colour"].shape[2] // learner.cells
+    first = jnp.argmax(prefix_tokens == config.video_token_id)
+    video = jax.lax.dynamic_slice_in_dim(prefix, first, count, axis=1).reshape(len(prefix), count, -1)
+
+    prompts, images, patches = batch["image_colour"].shape
+    starts = jnp.argmax(batch["tokens"][:, :images] == config.image_token_id, axis=-1).reshape(-1)
+    shown = suffix[:, :images].reshape(prompts * images, suffix.shape[2], -1)
+    image = jax.vmap(lambda values, start: jax.lax.dynamic_slice_in_dim(values, start, patches // merged))(
+        shown, starts
+    )
+    loss = learner.patch_loss(learner.located, video, patch_labels(batch, "video", "place"))
+    return loss + learner.patch_loss(learner.located, image, patch_labels(batch, "image", "place"))
 
 
 def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
@@ -151,7 +188,7 @@ def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
     def matrices(params):
         def axes(path, leaf):
             name = jax.tree_util.keystr(path)
-            if "kernel" not in name or "dense" in name:
+            if "kernel" not in name or "dense" in name or "located" in name:
                 return None
             first = 1 if "blocks" in name or "layers" in name else 0  # stacked kernels have a leading layer axis
             last = leaf.ndim - 1

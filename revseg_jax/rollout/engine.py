@@ -235,7 +235,7 @@ def _extend(graphdef, slot, params, prefix, cache, tokens, positions, mask, keyf
     return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, prefix, cache)[1]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _turn2(graphdef, slot, limit, sampling, params, prefix, cache, token, position, alive, keys):
     policy = nnx.merge(graphdef, *params)
     *answer, _ = decode_answer(policy, prefix, cache, token, position, alive, keys, slot, limit, sampling)
