@@ -1,8 +1,4 @@
-"""The tracker sidecar as a process of its own, against the sam2 package's own predictor, and when things go wrong.
-
-The model is the embedded architecture with random weights, enlarged until masks, memories and the verdict on absence
-all matter: the trained one would forgive small mistakes.
-"""
+"""The tracker sidecar as a process of its own: equal to the stock predictor, and right when things go wrong."""
 
 from __future__ import annotations
 
@@ -16,128 +12,35 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-import sam2.sam2_video_predictor
-import sam2.utils.misc
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
+from tracker_setup import (
+    BOX,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    assert_same,
+    jpegs,
+    moving_shapes,
+    some_prompts,
+    stock_logits,
+    write_folder,
+)
 
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.evaluation.metrics import j_and_f
 from revseg_jax.tracker import TrackerClient, check
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker.client import Scores
-from revseg_jax.tracker.clips import Clip, ClipWriter, Limits
+from revseg_jax.tracker.clips import Limits
 from revseg_jax.tracker.connection import Endpoint
-from revseg_jax.tracker.engine import Engine
-from revseg_jax.tracker.model import EMBEDDED, build_tracker
 from revseg_jax.tracker.process import run_sidecar
-from revseg_jax.tracker.propagation import Chain, plan, propagate
 from revseg_jax.tracker.upload import clip_upload
 from revseg_jax.tracker.wire import decode_masks, encode_masks
 
-HEIGHT, WIDTH, FRAMES = 96, 150, 11
-BOX = (20.0, 20.0, 70.0, 60.0)
-
-
-def moving_shapes(frames: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    clip = rng.integers(0, 60, (1, height, width, 3), dtype=np.uint8).repeat(frames, axis=0)
-    for t in range(frames):
-        clip[t][(x - 20 - 9 * t) ** 2 + (y - 50) ** 2 < 18**2] = (220, 40, 40)
-        clip[t][(abs(x - width + 30 + 7 * t) < 14) & (abs(y - 15 - 5 * t) < 12)] = (40, 60, 230)
-    return clip
-
-
-def jpegs(clip: np.ndarray) -> list[bytes]:
-    encoded = []
-    for frame in clip:
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=95)
-        encoded.append(buffer.getvalue())
-    return encoded
-
-
-def some_prompts(count: int, frames: int, seed: int = 0) -> list[tuple[int, tuple[float, ...]]]:
-    rng = np.random.default_rng(seed)
-    keyframes = [0, frames - 1, *rng.integers(0, frames, count).tolist()][:count]
-    corners = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
-    sides = rng.uniform(12, 39, (count, 2))
-    return [
-        (k, tuple(map(float, np.float32([*corner, *(corner + side)]))))
-        for k, corner, side in zip(keyframes, corners, sides, strict=True)
-    ]
-
-
-def stock_logits(model, folder: Path, prompts) -> np.ndarray:
-    """float32 [P, T, H, W] by the package's own calls on a folder of JPEG images."""
-    state = model.init_state(str(folder))
-    results = []
-    for keyframe, box in prompts:
-        model.reset_state(state)
-        model.add_new_points_or_box(state, keyframe, obj_id=1, box=np.array(box, np.float32))
-        found = {}
-        for reverse in (False, True):
-            for frame, _, logits in model.propagate_in_video(state, keyframe, reverse=reverse):
-                found[frame] = logits[0, 0].numpy()
-        results.append([found[frame] for frame in range(state["num_frames"])])
-    return np.array(results)
-
-
-def assert_same(masks: np.ndarray, logits: np.ndarray) -> None:
-    """Equal masks. A pixel whose logit is zero to float32's precision may fall on either side."""
-    different = masks != (logits > 0)
-    assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
-
-
-def write_folder(folder: Path, frames: list[bytes]) -> Path:
-    folder.mkdir()
-    for index, frame in enumerate(frames):
-        (folder / f"{index:05d}.jpg").write_bytes(frame)
-    return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    sam2.sam2_video_predictor.tqdm = sam2.utils.misc.tqdm = lambda frames, **_: frames
-
-
-@pytest.fixture(scope="session")
-def config(tmp_path_factory) -> Path:
-    """The embedded architecture with all the options of the published ones."""
-    tree = OmegaConf.load(EMBEDDED / "tracker.yaml")
-    tree.model.multimask_output_in_sam = tree.model.multimask_output_for_tracking = True
-    path = tmp_path_factory.mktemp("config") / "tracker.yaml"
-    OmegaConf.save(tree, path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def model(config):
-    torch.manual_seed(0)
-    model = build_tracker(config, None)
-    weights = model.state_dict()
-    for name, value in weights.items():
-        if value.dim() >= 2 and "pos_embed" not in name:
-            value *= 1.3
-    model.load_state_dict(weights)
-    # Shift the object score so that it is below zero for a quarter of what is tracked.
-    head = model.sam_mask_decoder.pred_obj_score_head
-    for quantile in (0.0, 0.25):
-        scores = []
-        hook = head.register_forward_hook(lambda *a, scores=scores: scores.append(a[2].flatten()))
-        engine = Engine(model)
-        for _ in engine.track(stored(moving_shapes(FRAMES)), some_prompts(6, FRAMES)):
-            pass
-        hook.remove()
-        with torch.no_grad():
-            head.layers[-1].bias -= torch.quantile(torch.cat(scores), quantile) - 1e-3
-    return model
+pytest_plugins = ["tracker_fixtures"]
 
 
 @pytest.fixture(scope="session")
@@ -157,55 +60,6 @@ def endpoint(checkpoint, config):
 def client(endpoint):
     with TrackerClient([endpoint]) as client:
         yield client
-
-
-def stored(clip: np.ndarray | list[bytes]) -> Clip:
-    """The clip as a sidecar holds it."""
-    upload = clip_upload(clip, image_size=10**6)
-    h = upload.header
-    writer = ClipWriter(h.height, h.width, h.encoding, h.frame_height, h.frame_width, Limits())
-    for frame in upload.frames():
-        writer.add(frame, last=True)
-    return writer.close(h.clip_id)
-
-
-# --- what a prompt remembers
-
-
-@settings(deadline=None)
-@given(total=st.integers(1, 30), data=st.data(), reach=st.integers(0, 8))
-def test_a_chain_visits_each_frame_once_and_remembers_what_sam2_looks_up(total, data, reach):
-    keyframe = data.draw(st.integers(0, total - 1))
-    chain = Chain(keyframe, total - 1 - keyframe, keyframe)
-    assert [chain.frame(s) for s in range(len(chain))] == [*range(keyframe, total), *range(keyframe - 1, -1, -1)]
-    visited: dict[int, int] = {}  # frame -> step, without the keyframe, as in sam2's non_cond_frame_outputs
-    asked = set()
-    for step in range(len(chain)):
-        frame = chain.frame(step)
-        direction = -1 if step > chain.forward else 1
-        if step:
-            behind = ((d, frame - direction * d) for d in range(reach, 0, -1))
-            expected = [(d, visited[f]) for d, f in behind if f in visited]
-            assert chain.sources(step, reach) == expected
-            asked |= {0, *(source for _, source in expected)}
-            visited[frame] = step
-    assert [chain.asked_for(s, reach) for s in range(len(chain))] == [s in asked for s in range(len(chain))]
-
-
-@settings(deadline=None)
-@given(total=st.integers(1, 40), data=st.data())
-def test_a_chain_for_some_frames_has_the_memories_of_the_whole(model, total, data):
-    keyframe = data.draw(st.integers(0, total - 1))
-    wanted = data.draw(st.sets(st.integers(0, total - 1), min_size=1))
-    short, whole = plan(model, total, keyframe, sorted(wanted)), plan(model, total, keyframe)
-    assert len(whole) == total
-    visits = {short.frame(s): s for s in range(len(short))}
-    assert wanted <= visits.keys()
-    for frame in wanted - {keyframe}:
-        full_step = next(s for s in range(len(whole)) if whole.frame(s) == frame)
-        for reach in (model.num_maskmem - 1, min(total, model.max_obj_ptrs_in_encoder) - 1):
-            remembered = [(d, short.frame(s)) for d, s in short.sources(visits[frame], reach)]
-            assert remembered == [(d, whole.frame(s)) for d, s in whole.sources(full_step, reach)]
 
 
 # --- masks on the wire
@@ -246,98 +100,11 @@ def test_masks_are_those_of_the_stock_predictor(client, model, tmp_path, frames,
         assert 0.3 < present < 1 and 0.02 < masks.mean() < 0.9, (present, masks.mean())
 
 
-def test_logits_are_those_of_the_stock_predictor(model, tmp_path):
-    frames, prompts = jpegs(moving_shapes(FRAMES, seed=3)), some_prompts(5, FRAMES, seed=3)
-    clip, engine = stored(frames), Engine(model)
-    found = np.zeros((5, FRAMES, HEIGHT, WIDTH), np.float32)
-    size = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
-    boxes = torch.tensor([box for _, box in prompts]) / size * model.image_size
-    chains = [plan(model, FRAMES, keyframe) for keyframe, _ in prompts]
-    for rows, at, logits in propagate(model, FRAMES, lambda f: engine._look_up(clip, f), chains, boxes):
-        found[rows, at] = torch.nn.functional.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear")[:, 0]
-    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
-    np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0)
-
-
 def test_absent_objects_and_the_order_of_prompts(client, model, tmp_path):
     clip, prompts = moving_shapes(FRAMES), some_prompts(5, FRAMES)
     masks = client.track(clip, prompts)
     shuffled = [3, 0, 4, 0, 2, 1]  # one of them twice
     assert (client.track(clip, [prompts[n] for n in shuffled]) != masks[shuffled]).sum() <= 3
-
-
-@pytest.mark.skipif(not (EMBEDDED / "tracker.safetensors").exists(), reason="the trained weights are not there")
-def test_the_embedded_tracker_equals_the_stock_predictor(tmp_path):
-    model, frames = build_tracker(), jpegs(moving_shapes(FRAMES))
-    prompts = [
-        (0, (2.0, 32.0, 38.0, 68.0)),
-        (5, (47.0, 32.0, 83.0, 68.0)),
-        (10, (92.0, 32.0, 128.0, 68.0)),
-        *some_prompts(2, FRAMES),
-    ]
-    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
-    masks = np.zeros(expected.shape, bool)
-    for which, at, found in Engine(model).track(stored(frames), prompts):
-        masks[which, at] = found
-    assert_same(masks, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["sam2", "sam2.1"])  # they differ in what is remembered, and how
-def test_published_architectures_equal_the_stock_predictor(family, tmp_path):
-    tree = OmegaConf.load(Path(sam2.__file__).parent / f"configs/{family}/{family}_hiera_t.yaml")
-    tree.model.image_size = 128
-    OmegaConf.save(tree, tmp_path / "config.yaml")
-    torch.manual_seed(0)
-    model, frames = build_tracker(tmp_path / "config.yaml", None), jpegs(moving_shapes(8))
-    with torch.no_grad():
-        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 1  # present, or there is nothing to compare
-        model.maskmem_tpos_enc *= 20
-    prompts = [(0, BOX), (6, (40.0, 10.0, 99.0, 80.0))]
-    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
-    masks = np.zeros(expected.shape, bool)
-    for which, at, found in Engine(model).track(stored(frames), prompts):
-        masks[which, at] = found
-    assert_same(masks, expected)
-    assert 0.01 < masks.mean() < 0.99
-
-
-def test_large_batches_are_split(model):
-    """More prompts than go through the model together give what they give alone."""
-    clip, prompts, engine = stored(moving_shapes(4)), some_prompts(7, 4), Engine(model)
-    masks = np.zeros((2, 7, 4, HEIGHT, WIDTH), bool)
-    for n, together in enumerate((64, 3)):
-        engine.prompts_together = together
-        for which, at, found in engine.track(clip, prompts):
-            assert len(which) <= together
-            masks[n, which, at] = found
-    assert (masks[0] != masks[1]).sum() <= 3
-
-
-def test_features_are_computed_once_a_frame_within_the_limit(model, monkeypatch):
-    clip, seen = stored(moving_shapes(12)), []
-    forward = model.forward_image
-    monkeypatch.setattr(model, "forward_image", lambda images: seen.append(len(images)) or forward(images))
-    engine = Engine(model)
-    first = [masks for *_, masks in engine.track(clip, some_prompts(2, 12))]
-    assert sum(seen) == 12
-    list(engine.track(clip, some_prompts(3, 12, seed=9)))
-    assert sum(seen) == 12
-    a_frame = engine._held_bytes // 12
-    small = Engine(model, feature_bytes=4 * a_frame)
-    small.frames_together = 2
-    again = []
-    for *_, masks in small.track(clip, some_prompts(2, 12)):
-        again.append(masks)
-        assert small._held_bytes <= 4 * a_frame and len(small._features) <= 4
-    assert sum(seen) > 12 + 12
-    assert all((a != b).sum() <= 3 for a, b in zip(first, again, strict=True))
-
-
-def test_a_config_that_tracks_otherwise_is_refused(model, monkeypatch):
-    monkeypatch.setattr(model, "memory_temporal_stride_for_eval", 2)
-    with pytest.raises(InputError, match="memory_temporal_stride_for_eval"):
-        Engine(model)
 
 
 # --- the service

@@ -1,0 +1,156 @@
+"""Prompts tracked together, against the sam2 package's own predictor, and the features behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sam2
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tracker_setup import (
+    BOX,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    assert_same,
+    jpegs,
+    moving_shapes,
+    some_prompts,
+    stock_logits,
+    stored,
+    write_folder,
+)
+
+from revseg_jax.errors import InputError
+from revseg_jax.tracker.engine import Engine
+from revseg_jax.tracker.model import EMBEDDED, build_tracker
+from revseg_jax.tracker.propagation import Chain, plan, propagate
+
+pytest_plugins = ["tracker_fixtures"]
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 30), data=st.data(), reach=st.integers(0, 8))
+def test_a_chain_visits_each_frame_once_and_remembers_what_sam2_looks_up(total, data, reach):
+    keyframe = data.draw(st.integers(0, total - 1))
+    chain = Chain(keyframe, total - 1 - keyframe, keyframe)
+    assert [chain.frame(s) for s in range(len(chain))] == [*range(keyframe, total), *range(keyframe - 1, -1, -1)]
+    visited: dict[int, int] = {}  # frame -> step, without the keyframe, as in sam2's non_cond_frame_outputs
+    asked = set()
+    for step in range(len(chain)):
+        frame = chain.frame(step)
+        direction = -1 if step > chain.forward else 1
+        if step:
+            behind = ((d, frame - direction * d) for d in range(reach, 0, -1))
+            expected = [(d, visited[f]) for d, f in behind if f in visited]
+            assert chain.sources(step, reach) == expected
+            asked |= {0, *(source for _, source in expected)}
+            visited[frame] = step
+    assert [chain.asked_for(s, reach) for s in range(len(chain))] == [s in asked for s in range(len(chain))]
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 40), data=st.data())
+def test_a_chain_for_some_frames_has_the_memories_of_the_whole(model, total, data):
+    keyframe = data.draw(st.integers(0, total - 1))
+    wanted = data.draw(st.sets(st.integers(0, total - 1), min_size=1))
+    short, whole = plan(model, total, keyframe, sorted(wanted)), plan(model, total, keyframe)
+    assert len(whole) == total
+    visits = {short.frame(s): s for s in range(len(short))}
+    assert wanted <= visits.keys()
+    for frame in wanted - {keyframe}:
+        full_step = next(s for s in range(len(whole)) if whole.frame(s) == frame)
+        for reach in (model.num_maskmem - 1, min(total, model.max_obj_ptrs_in_encoder) - 1):
+            remembered = [(d, short.frame(s)) for d, s in short.sources(visits[frame], reach)]
+            assert remembered == [(d, whole.frame(s)) for d, s in whole.sources(full_step, reach)]
+
+
+def test_logits_are_those_of_the_stock_predictor(model, tmp_path):
+    frames, prompts = jpegs(moving_shapes(FRAMES, seed=3)), some_prompts(5, FRAMES, seed=3)
+    clip, engine = stored(frames), Engine(model)
+    found = np.zeros((5, FRAMES, HEIGHT, WIDTH), np.float32)
+    size = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    boxes = torch.tensor([box for _, box in prompts]) / size * model.image_size
+    chains = [plan(model, FRAMES, keyframe) for keyframe, _ in prompts]
+    for rows, at, logits in propagate(model, FRAMES, lambda f: engine._look_up(clip, f), chains, boxes):
+        found[rows, at] = torch.nn.functional.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear")[:, 0]
+    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
+    np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.skipif(not (EMBEDDED / "tracker.safetensors").exists(), reason="the trained weights are not there")
+def test_the_embedded_tracker_equals_the_stock_predictor(tmp_path):
+    model, frames = build_tracker(), jpegs(moving_shapes(FRAMES))
+    prompts = [
+        (0, (2.0, 32.0, 38.0, 68.0)),
+        (5, (47.0, 32.0, 83.0, 68.0)),
+        (10, (92.0, 32.0, 128.0, 68.0)),
+        *some_prompts(2, FRAMES),
+    ]
+    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
+    masks = np.zeros(expected.shape, bool)
+    for which, at, found in Engine(model).track(stored(frames), prompts):
+        masks[which, at] = found
+    assert_same(masks, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sam2", "sam2.1"])  # they differ in what is remembered, and how
+def test_published_architectures_equal_the_stock_predictor(family, tmp_path):
+    tree = OmegaConf.load(Path(sam2.__file__).parent / f"configs/{family}/{family}_hiera_t.yaml")
+    tree.model.image_size = 128
+    OmegaConf.save(tree, tmp_path / "config.yaml")
+    torch.manual_seed(0)
+    model, frames = build_tracker(tmp_path / "config.yaml", None), jpegs(moving_shapes(8))
+    with torch.no_grad():
+        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 1  # present, or there is nothing to compare
+        model.maskmem_tpos_enc *= 20
+    prompts = [(0, BOX), (6, (40.0, 10.0, 99.0, 80.0))]
+    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
+    masks = np.zeros(expected.shape, bool)
+    for which, at, found in Engine(model).track(stored(frames), prompts):
+        masks[which, at] = found
+    assert_same(masks, expected)
+    assert 0.01 < masks.mean() < 0.99
+
+
+def test_large_batches_are_split(model):
+    """More prompts than go through the model together give what they give alone."""
+    clip, prompts, engine = stored(moving_shapes(4)), some_prompts(7, 4), Engine(model)
+    masks = np.zeros((2, 7, 4, HEIGHT, WIDTH), bool)
+    for n, together in enumerate((64, 3)):
+        engine.prompts_together = together
+        for which, at, found in engine.track(clip, prompts):
+            assert len(which) <= together
+            masks[n, which, at] = found
+    assert (masks[0] != masks[1]).sum() <= 3
+
+
+def test_features_are_computed_once_a_frame_within_the_limit(model, monkeypatch):
+    clip, seen = stored(moving_shapes(12)), []
+    forward = model.forward_image
+    monkeypatch.setattr(model, "forward_image", lambda images: seen.append(len(images)) or forward(images))
+    engine = Engine(model)
+    first = [masks for *_, masks in engine.track(clip, some_prompts(2, 12))]
+    assert sum(seen) == 12
+    list(engine.track(clip, some_prompts(3, 12, seed=9)))
+    assert sum(seen) == 12
+    a_frame = engine._held_bytes // 12
+    small = Engine(model, feature_bytes=4 * a_frame)
+    small.frames_together = 2
+    again = []
+    for *_, masks in small.track(clip, some_prompts(2, 12)):
+        again.append(masks)
+        assert small._held_bytes <= 4 * a_frame and len(small._features) <= 4
+    assert sum(seen) > 12 + 12
+    assert all((a != b).sum() <= 3 for a, b in zip(first, again, strict=True))
+
+
+def test_a_config_that_tracks_otherwise_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "memory_temporal_stride_for_eval", 2)
+    with pytest.raises(InputError, match="memory_temporal_stride_for_eval"):
+        Engine(model)

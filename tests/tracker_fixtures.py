@@ -1,0 +1,51 @@
+"""A SAM2 with lively random weights.
+
+The architecture is the embedded one. The random weights are enlarged until masks, memories and the verdict on absence
+all matter: a trained model would forgive small mistakes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tracker_setup import FRAMES, moving_shapes, some_prompts, stored
+
+from revseg_jax.tracker.engine import Engine
+from revseg_jax.tracker.model import EMBEDDED, build_tracker
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    """The embedded architecture with all the options of the published ones."""
+    tree = OmegaConf.load(EMBEDDED / "tracker.yaml")
+    tree.model.multimask_output_in_sam = tree.model.multimask_output_for_tracking = True
+    path = tmp_path_factory.mktemp("config") / "tracker.yaml"
+    OmegaConf.save(tree, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = build_tracker(config, None)
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if value.dim() >= 2 and "pos_embed" not in name:
+            value *= 1.3
+    model.load_state_dict(weights)
+    # Shift the object score so that it is below zero for a quarter of what is tracked.
+    head = model.sam_mask_decoder.pred_obj_score_head
+    for quantile in (0.0, 0.25):
+        scores = []
+        hook = head.register_forward_hook(lambda *a, scores=scores: scores.append(a[2].flatten()))
+        engine = Engine(model)
+        for _ in engine.track(stored(moving_shapes(FRAMES)), some_prompts(6, FRAMES)):
+            pass
+        hook.remove()
+        with torch.no_grad():
+            head.layers[-1].bias -= torch.quantile(torch.cat(scores), quantile) - 1e-3
+    return model

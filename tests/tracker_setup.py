@@ -1,0 +1,86 @@
+"""Clips and prompts to track, and what the sam2 package's own predictor makes of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import sam2.sam2_video_predictor
+import sam2.utils.misc
+from PIL import Image
+
+from revseg_jax.tracker.clips import Clip, ClipWriter, Limits
+from revseg_jax.tracker.upload import clip_upload
+
+HEIGHT, WIDTH, FRAMES = 96, 150, 11
+BOX = (20.0, 20.0, 70.0, 60.0)
+
+
+def moving_shapes(frames: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    clip = rng.integers(0, 60, (1, height, width, 3), dtype=np.uint8).repeat(frames, axis=0)
+    for t in range(frames):
+        clip[t][(x - 20 - 9 * t) ** 2 + (y - 50) ** 2 < 18**2] = (220, 40, 40)
+        clip[t][(abs(x - width + 30 + 7 * t) < 14) & (abs(y - 15 - 5 * t) < 12)] = (40, 60, 230)
+    return clip
+
+
+def jpegs(clip: np.ndarray) -> list[bytes]:
+    encoded = []
+    for frame in clip:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=95)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def some_prompts(count: int, frames: int, seed: int = 0) -> list[tuple[int, tuple[float, ...]]]:
+    rng = np.random.default_rng(seed)
+    keyframes = [0, frames - 1, *rng.integers(0, frames, count).tolist()][:count]
+    corners = rng.uniform((0, 0), (WIDTH - 40, HEIGHT - 40), (count, 2))
+    sides = rng.uniform(12, 39, (count, 2))
+    return [
+        (k, tuple(map(float, np.float32([*corner, *(corner + side)]))))
+        for k, corner, side in zip(keyframes, corners, sides, strict=True)
+    ]
+
+
+def stock_logits(model, folder: Path, prompts) -> np.ndarray:
+    """float32 [P, T, H, W] by the package's own calls on a folder of JPEG images."""
+    sam2.sam2_video_predictor.tqdm = sam2.utils.misc.tqdm = lambda frames, **_: frames  # no progress bars
+    state = model.init_state(str(folder))
+    results = []
+    for keyframe, box in prompts:
+        model.reset_state(state)
+        model.add_new_points_or_box(state, keyframe, obj_id=1, box=np.array(box, np.float32))
+        found = {}
+        for reverse in (False, True):
+            for frame, _, logits in model.propagate_in_video(state, keyframe, reverse=reverse):
+                found[frame] = logits[0, 0].numpy()
+        results.append([found[frame] for frame in range(state["num_frames"])])
+    return np.array(results)
+
+
+def assert_same(masks: np.ndarray, logits: np.ndarray) -> None:
+    """Equal masks. A pixel whose logit is zero to float32's precision may fall on either side."""
+    different = masks != (logits > 0)
+    assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
+
+
+def write_folder(folder: Path, frames: list[bytes]) -> Path:
+    folder.mkdir()
+    for index, frame in enumerate(frames):
+        (folder / f"{index:05d}.jpg").write_bytes(frame)
+    return folder
+
+
+def stored(clip: np.ndarray | list[bytes]) -> Clip:
+    """The clip as a sidecar holds it."""
+    upload = clip_upload(clip, image_size=10**6)
+    h = upload.header
+    writer = ClipWriter(h.height, h.width, h.encoding, h.frame_height, h.frame_width, Limits())
+    for frame in upload.frames():
+        writer.add(frame, last=True)
+    return writer.close(h.clip_id)
