@@ -89,7 +89,8 @@ def test_update_follows_the_advantages(step):
     after = learner.reference_logprobs(state.trained, loaded.frozen, batch)
     change = (np.asarray(after - before) * batch.generated).sum(-1)
     assert (change * advantages).sum() > 0
-    assert float(metrics["logprob_gap"]) < 1e-5 and float(metrics["kl"]) < 1e-9
+    assert float(metrics["logprob_gap"]) < 2e-5  # the largest of all tokens; float32 resolves a logprob of -10 to 1e-6
+    assert float(metrics["kl"]) < 1e-9
     assert int(state.step) == 1
 
 
