@@ -181,11 +181,11 @@ def test_training_lowers_the_loss_on_a_fixed_batch(batch, tracked):
     optimizer = embedded_training.new_optimizer(model, heads)
     phase = dataclasses.replace(CLIPS, tracked=tracked, foreground=1.0)
     losses = []
-    for _ in range(15):
+    for _ in range(10):
         rng = np.random.default_rng(0)
         losses.append(embedded_training.train_step(model, heads, optimizer, batch, phase, 1e-3, rng))
     for name, first in losses[0].items():
-        assert losses[-1][name] < 0.7 * first, name
+        assert losses[-1][name] < 0.8 * first, name
 
 
 def test_start_gives_images_and_boxes_their_weight(batch):
@@ -195,3 +195,16 @@ def test_start_gives_images_and_boxes_their_weight(batch):
     for level in encode(model, batch.frames).maps[:2]:
         assert level.std((0, 1, 3, 4)).mean().item() == pytest.approx(1, abs=0.2)
     assert learn_boxes(model, 25, seed=0) < learn_boxes(build_tracker(EMBEDDED / "tracker.yaml", None), 1, seed=0)
+
+
+def test_command_writes_a_tracker_that_follows_from_its_seed(tmp_path):
+    # 0.05 nominal minutes are 3 steps, one of each kind.
+    notes = [embedded_training.train_tracker(tmp_path / name, seed=1, minutes=0.05, scored_clips=1) for name in "ab"]
+    assert notes[0] == notes[1] == json.loads((tmp_path / "a" / "asset.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "asset.json",
+        "tracker.safetensors",
+        "tracker.yaml",
+    ]
+    assert "unfinished" not in notes[0] and notes[0]["steps"] == 3
+    build_tracker(checkpoint=tmp_path / "b" / "tracker.safetensors")

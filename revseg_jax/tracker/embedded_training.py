@@ -72,7 +72,7 @@ def train_tracker(out: Path, seed: int = 0, minutes: float = 40.0, scored_clips:
         losses = train_step(model, heads, optimizer, batch, phase, learning_rate, rng)
         if step % 10 == 0:
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
-        if (step + 1) % max(1, steps // 10) == 0 and step + 1 < steps:
+        if (step + 1) % max(50, steps // 10) == 0 and step + 1 < steps:
             model.eval()
             scores = {"easy": embedded_scores.score(model, "easy", 8, progress=False)}
             model.train()

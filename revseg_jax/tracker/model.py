@@ -13,7 +13,7 @@ import torch
 import yaml
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -82,12 +82,12 @@ def _config_path(config: str | Path, checkpoint: str | Path | None) -> Path:
 
 def _instantiate(path: Path, apply_postprocessing: bool) -> SAM2VideoPredictor:
     try:
-        tree = OmegaConf.load(path)
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"tracker config {path} cannot be read: {_first_line(error)}") from None
-    if not isinstance(tree, DictConfig) or not isinstance(tree.get("model"), DictConfig):
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict):
         raise InputError(f"tracker config {path} has no section `model`; it must be a SAM2 config")
-    model = OmegaConf.to_container(tree.model, resolve=True)
     _allow_only_sam2(model, path)
     model["_target_"] = "sam2.sam2_video_predictor.SAM2VideoPredictor"
     if apply_postprocessing:
