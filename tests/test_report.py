@@ -1,0 +1,539 @@
+"""The report: what it says is what the files say, it needs nothing else, and nothing in it can act."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from fake_run import BASE, TRAINED, metrics, rle_text, write_json, write_lines, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pycocotools import mask as coco
+
+from revseg_jax.data.frames import encode_frame
+from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.report import main, write_report
+from revseg_jax.report.chains import chosen, group_of, overview, pieces
+from revseg_jax.report.overlays import LONGEST_SIDE, outline_path, picture
+from revseg_jax.report.plots import curves, smooth
+from revseg_jax.report.run_files import read_run
+
+ATTACK = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b onclick=alert(3)>"
+VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
+
+
+class Node:
+    def __init__(self, tag: str, attributes: dict[str, str | None]):
+        self.tag, self.attributes, self.children = tag, attributes, []
+
+    @property
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+    def all(self, tag: str | None = None, name: str | None = None) -> list[Node]:
+        """Descendants with this tag and this class."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Node):
+                if tag in (None, child.tag) and (name is None or name in (child.attributes.get("class") or "").split()):
+                    found.append(child)
+                found += child.all(tag, name)
+        return found
+
+
+class Page(HTMLParser):
+    """A tree of the page; fails on elements that are not closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.root = Node("", {})
+        self.open = [self.root]
+        self.feed(text)
+        assert self.open == [self.root]
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(self.open[-1].children[-1])
+
+    def handle_startendtag(self, tag, attrs):
+        self.open[-1].children.append(Node(tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data):
+        self.open[-1].children.append(data)
+
+
+def read(folder) -> Node:
+    return Page(write_report(folder).read_text(encoding="utf-8")).root
+
+
+def records(folder, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "traces" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "first try")
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return read(folder)
+
+
+@pytest.fixture(scope="module")
+def small_original(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "small", steps=0, clips=3)
+
+
+@pytest.fixture
+def small(small_original, tmp_path):
+    """Few chains and no curves, which take long to draw; to be changed by a test."""
+    return shutil.copytree(small_original, tmp_path / "small")
+
+
+# ---- What the page says ----------------------------------------------------------------------------------------------
+
+
+def test_table_has_the_numbers_of_the_evaluations(page):
+    table = page.all("table")[0]
+    rows = {row.all("th")[0].children[0].strip(): [cell.text for cell in row.all("td")] for row in table.all("tr")[1:]}
+    names = {"J": "j", "F": "f", "J&F": "jf", "Format": "format", "Temporal": "temporal", "Spatial": "spatial",
+             "Mask": "mask", "Turns": "turns"}  # fmt: skip
+    assert list(rows) == list(names)
+    for name, key in names.items():
+        digits = 1 if key in ("j", "f", "jf") else 2
+        assert rows[name][:2] == [f"{BASE[key]:.{digits}f}", f"{TRAINED[key]:.{digits}f}"]
+        change = round(TRAINED[key], digits) - round(BASE[key], digits)
+        assert float(rows[name][2]) == pytest.approx(change, abs=1e-9)
+
+
+def test_headline_and_facts(page):
+    assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "first try"
+    headline = page.all("p", "headline")[0].text
+    assert headline == "Reinforcement learning raised held-out J&F from 25.3 to 56.3 (+31.0) on 120 clips."
+    facts = {node.all("dt")[0].text: node.all("dd")[0].text for node in page.all("dl", "facts")[0].all("div")}
+    assert facts == {"steps": "60", "time": "7 min 17 s", "seed": "7", "ended": "2025-11-22 08:32 UTC",
+                     "revision": "0123456789"}  # fmt: skip
+
+
+def test_a_loss_is_called_a_loss(small):
+    halfway = {"label": "trained", **BASE, "jf": 40.0}
+    write_lines(small / "evaluation.jsonl", [{"label": "base", **TRAINED}, halfway, {"label": "trained", **BASE}])
+    page = read(small)
+    assert "lowered held-out J&F from 56.3 to 25.3 (−31.0)" in page.all("p", "headline")[0].text
+    assert [cell.attributes["class"] for cell in page.all("td") if cell.text == "−31.0"] == ["worse"]
+    verdict = "better than a random visible one, but no better than the best constant keyframe."
+    assert verdict in page.text  # the temporal reward of BASE is between the two
+
+
+def test_kinds_baselines_and_reversed_clips_have_their_bars(page):
+    bars = {}
+    for chart in page.all("dl", "bars"):
+        names = [node.text for node in chart.all("dt")]
+        group = names.pop(0) if chart.all("dt", "group") else "temporal"
+        lengths = [re.fullmatch(r"width:([\d.]+)%", bar.attributes["style"])[1] for bar in chart.all("span", "bar")]
+        values = [node.text.strip() for node in chart.all("dd")]
+        bars[group] = {name: (value, float(length)) for name, value, length in zip(names, values, lengths, strict=True)}
+    for kind in ("referring", "motion", "reasoning"):
+        expected = {"Base": BASE["by_kind"][kind], "Trained": TRAINED["by_kind"][kind]}
+        assert bars.pop(kind) == {name: (f"{value:.1f}", value) for name, value in expected.items()}
+    expected = {
+        "Base": BASE["temporal"],
+        "Trained": TRAINED["temporal"],
+        "Base, clips reversed": BASE["reversed_temporal"],
+        "Trained, clips reversed": TRAINED["reversed_temporal"],
+        "Best constant keyframe": TRAINED["best_constant_keyframe"],
+        "Random visible keyframe": TRAINED["random_visible_keyframe"],
+    }
+    assert bars == {"temporal": {k: (f"{v:.2f}", pytest.approx(100 * v, abs=0.06)) for k, v in expected.items()}}
+
+
+def test_scores_come_from_the_summary_when_there_is_no_evaluation(small):
+    (small / "evaluation.jsonl").unlink()
+    assert "from 25.3 to 56.3" in read(small).all("p", "headline")[0].text
+
+
+def test_every_reward_and_every_measure_of_training_has_a_curve(page):
+    titles = [node.all("b")[0].text for node in page.all("figure", "curve")]
+    expected = ["Held-out J&F", "Total reward", "Format reward", "Temporal reward", "Spatial reward", "Mask reward",
+                "Tokens per chain", "Turns per chain", "Entropy, nats per token", "KL to the reference",
+                "Gradient norm", "Loss", "Shares", "Log-prob gap", "Seconds per phase"]  # fmt: skip
+    assert titles == expected
+    phases = page.all("figure", "curve")[-1]
+    assert [key.text for key in phases.all("span", "key")] == ["rollout", "reward wait", "update", "reference", "data"]
+    assert "2 slow ones not drawn (compilation), the slowest 45 s" in phases.text
+
+
+def test_a_curve_shows_its_numbers():
+    """A ramp and its smooth line end where the axis says: heights in the drawing are proportional to the values."""
+    steps = [{"step": step, "reward/mask": 0.2 + 0.005 * step} for step in range(1, 121)]
+    rewards, _ = curves(steps, [{"step": 0, "jf": 10.0}, {"step": 60, "jf": float("nan")}, {"step": 120, "jf": 90.0}])
+    held_out, mask = rewards
+    drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', mask.svg)
+    assert len(drawn) == 2  # raw, then smooth
+    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", drawn[0])]
+    zero, one = (float(re.search(rf'y="([\d.]+)"[^>]*>{label}<', mask.svg)[1]) for label in (r"0\.0", r"1\.0"))
+    assert (heights[0] - heights[-1]) / (zero - one) == pytest.approx(0.8 - 0.205, abs=0.01)
+    assert mask.summary == "0.22 → 0.79"
+    assert held_out.summary == "10 → 90"
+    assert "nan" not in held_out.svg
+
+
+def test_smoothing_is_light():
+    assert smooth(np.full(30, 0.7)) == pytest.approx(np.full(30, 0.7))
+    ramp = np.arange(200.0)
+    np.testing.assert_allclose(smooth(ramp)[20:-20], ramp[20:-20], atol=0.01)
+    step = np.repeat([0.0, 1.0], 100)
+    assert smooth(step)[80] < 0.01 and smooth(step)[120] > 0.99
+    noise = np.random.default_rng(0).normal(size=200)
+    assert smooth(noise).std() < 0.4 * noise.std()
+
+
+def test_a_resumed_step_counts_once_with_its_later_record(small):
+    steps = [{"step": step, "reward/mask": 0.1} for step in (1, 2, 3)] + [{"step": 2, "reward/mask": 0.9}]
+    write_lines(small / "metrics.jsonl", steps)
+    assert [(r["step"], r["reward/mask"]) for r in read_run(small).metrics] == [(1, 0.1), (2, 0.9), (3, 0.1)]
+
+
+# ---- Chains ----------------------------------------------------------------------------------------------------------
+
+
+def test_chains_stand_side_by_side_with_what_was_said(folder, page):
+    by_label = {
+        label: {record["query"] + record["video_id"]: record for record in records(folder, f"eval_{label}")}
+        for label in ("base", "trained")
+    }
+    assert len(page.all("article", "clip")) >= 4
+    for clip in page.all("article", "clip"):
+        query = clip.all("h3")[0].text.strip("“”")
+        video = clip.all("p", "ids")[0].text.split(" / ")[0]
+        sides = clip.all("section", "side")
+        assert [side.all("span", "policy")[0].text for side in sides] == ["Base", "Trained"]
+        for side, label in zip(sides, by_label, strict=True):
+            record = by_label[label][query + video]
+            said = [node.text for node in side.all("p", "said")]
+            assert said == [text for text in (record["answer1"], record["answer2"]) if text is not None]
+            assert side.all("span", "jf")[0].text == f"J&F {50 * (record['j'] + record['f']):.1f}"
+            assert [node.text for node in side.all("p", "failure")] == (
+                [f"Failed. {record['failure']}"] if record["failure"] else []
+            )
+            rewards = side.all("dl", "rewards")[0]
+            values = {node.all("dt")[0].text: node.all("dd")[0].text for node in rewards.all("div")}
+            assert values == {name: f"{value:.2f}" for name, value in record["reward"].items()}
+            keys = [item.text.split()[0] for item in side.all("li", "is-key")]
+            assert keys == ([str(record["frame"])] if record["frame"] is not None else [])
+
+
+def test_masks_box_and_frames_are_those_of_the_trace(folder, page):
+    trained = {record["query"] + record["video_id"]: record for record in records(folder, "eval_trained")}
+    compared = 0
+    for clip in page.all("article", "clip"):
+        record = trained[clip.all("h3")[0].text.strip("“”") + clip.all("p", "ids")[0].text.split(" / ")[0]]
+        store = {image.attributes["id"]: image.attributes["href"] for image in clip.all("image")}
+        side = clip.all("section", "side")[1]
+        strip = side.all("ol", "strip")[0].all("svg")
+        assert len(strip) == len(record["thumbs"])
+        for svg, thumb in zip(strip, record["thumbs"], strict=True):
+            for name in ("mask", "truth"):
+                drawn = svg.all("path", name)
+                expected = coco.decode(thumb[name]).astype(bool) if thumb[name] else np.zeros((128, 128), bool)
+                shape = _fill(drawn[0].attributes["d"], 128, 128) if drawn else np.zeros((128, 128), bool)
+                np.testing.assert_array_equal(shape, expected)
+                compared += expected.any()
+            uri = store[svg.all("use")[0].attributes["href"].removeprefix("#")]
+            assert base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))[:3] == b"\xff\xd8\xff"
+        if record["box"]:
+            box = side.all("rect", "box")[0].attributes
+            x, y, width, height = (float(box[key]) for key in ("x", "y", "width", "height"))
+            assert (x, y, x + width, y + height) == pytest.approx(record["box"], abs=0.11)
+    assert compared > 20
+
+
+def _fill(path: str, height: int, width: int) -> np.ndarray:
+    """The even-odd filling of a path of M, h, v and z: a pixel is inside when an odd number of edges is left of it."""
+    crossings = np.zeros((height, width + 1), int)
+    for loop in path.split("M")[1:]:
+        x, y = first = tuple(map(int, re.match(r"(\d+) (\d+)", loop).groups()))
+        moves = [(command, int(length)) for command, length in re.findall(r"([hv])(-?\d+)", loop)]
+        assert loop.endswith("z")
+        for command, length in moves:
+            if command == "v":
+                crossings[min(y, y + length) : max(y, y + length), x] += 1
+            x, y = (x + length, y) if command == "h" else (x, y + length)
+        if x == first[0]:  # z goes straight back
+            crossings[min(y, first[1]) : max(y, first[1]), x] += 1
+        assert x == first[0] or y == first[1]
+    return np.cumsum(crossings, axis=1)[:, :width] % 2 == 1
+
+
+@settings(deadline=None)
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9)))
+def test_outlines_filled_are_the_mask(mask):
+    np.testing.assert_array_equal(_fill(outline_path(mask), *mask.shape), mask)
+
+
+def test_large_frames_become_small_pictures():
+    frame = np.zeros((720, 1280, 3), np.uint8)
+    mask = np.zeros((720, 1280), bool)
+    mask[360:, 640:] = True  # the lower right quarter
+    thumb = {"t": 3, "jpeg": base64.b64encode(encode_frame(frame)).decode(), "mask": rle_text(mask), "truth": None}
+    small = picture(thumb)
+    assert (small.t, small.width, small.height, small.truth) == (3, LONGEST_SIDE, 135, "")
+    shape = _fill(small.predicted, small.height, small.width)
+    assert shape[68:, 120:].all() and not shape[:67].any() and not shape[:, :120].any()
+
+
+def test_boxes_are_scaled_with_the_picture(small):
+    chain = records(small, "eval_trained")[0]
+    frame = np.zeros((480, 960, 3), np.uint8)
+    thumb = {"t": 5, "jpeg": base64.b64encode(encode_frame(frame)).decode(), "mask": None, "truth": None}
+    chain |= {"size": [480, 960], "frame": 5, "box": [96.0, 48.0, 480.0, 240.0], "thumbs": [thumb]}
+    write_lines(small / "traces" / "eval_trained.jsonl", [chain])
+    (small / "traces" / "eval_base.jsonl").unlink()
+    box = read(small).all("rect", "box")[0].attributes
+    assert [float(box[key]) for key in ("x", "y", "width", "height")] == [24, 12, 96, 48]
+
+
+def _pair(name: str, base: float, trained: float, pictures: bool = True) -> dict:
+    return {
+        label: {"video_id": name, "j": jf, "f": jf, "thumbs": [{}] if pictures else [], "failure": ""}
+        for label, jf in (("base", base), ("trained", trained))
+    }
+
+
+def test_examples_are_the_best_the_typical_the_failing_and_the_worse():
+    pairs = [
+        _pair("gain 70", 0.2, 0.9),
+        _pair("gain 90 without pictures", 0.0, 0.9, pictures=False),
+        _pair("gain 80", 0.1, 0.9),
+        *[_pair(f"gain 2{i}", 0.6, 0.8 + i / 100) for i in range(5)],
+        _pair("fails", 0.1, 0.1),
+        _pair("fails a bit", 0.3, 0.4),
+        _pair("worse", 0.9, 0.6),
+    ]
+    names = [(why, next(iter(pair.values()))["video_id"]) for why, pair in chosen(pairs)]
+    assert names == [
+        ("Biggest improvement", "gain 80"), ("Biggest improvement", "gain 70"), ("Typical", "gain 22"),
+        ("Typical", "gain 21"), ("Still failing", "fails"), ("Still failing", "fails a bit"), ("Got worse", "worse"),
+    ]  # fmt: skip
+    counts = overview(pairs)
+    assert (counts.clips, counts.better, counts.worse) == (11, 9, 1)
+    assert chosen([]) == []
+
+
+def test_one_policy_alone_can_be_read(small):
+    (small / "traces" / "eval_trained.jsonl").unlink()
+    clips = read(small).all("article", "clip")
+    assert clips and all(len(clip.all("section", "side")) == 1 for clip in clips)
+
+
+def test_groups_show_the_one_that_differs_most(folder, page):
+    last = records(folder, "step_000060")
+    group = group_of(last)
+    assert len(group) == 4 and len({record["video_id"] for record in group}) == 1
+    totals = [record["reward"]["total"] for record in group]
+    other = [record["reward"]["total"] for record in last if record["video_id"] != group[0]["video_id"]]
+    assert totals == sorted(totals, reverse=True) and np.std(totals) >= np.std(other)
+    tables = page.all("table", "rollouts")
+    assert len(tables) == 2  # first and last step
+    assert [row.all("td")[0].text for row in tables[1].all("tr")[1:]] == [f"{total:.2f}" for total in totals]
+
+
+@given(st.text(alphabet="<>/thinkasw er", max_size=60) | st.text(max_size=30))
+def test_answers_are_cut_without_losing_a_letter(text):
+    assert "".join(part for _, part in pieces(text)) == text
+
+
+def test_pieces_of_an_answer():
+    assert pieces("so <think>a < b</think>\n<answer>[1]</answer> end") == [
+        ("plain", "so "), ("tag", "<think>"), ("think", "a < b"), ("tag", "</think>"), ("plain", "\n"),
+        ("tag", "<answer>"), ("answer", "[1]"), ("tag", "</answer>"), ("plain", " end"),
+    ]  # fmt: skip
+
+
+def test_placeholders_of_pictures_are_counted(page):
+    prompts = [node.text for node in page.all("section", "side")[0].all("pre")]
+    assert "<|video_pad|>×64" in prompts[0] and "<|video_pad|><|video_pad|>" not in prompts[0]
+
+
+# ---- Safe and self-contained -----------------------------------------------------------------------------------------
+
+
+def _check_inert(page: Node) -> None:
+    for node in page.all():
+        assert node.tag not in ("script", "iframe", "object", "embed", "link", "base", "img", "form", "foreignobject")
+        for name, value in node.attributes.items():
+            assert not name.startswith("on") and name not in ("src", "srcset", "data", "action", "srcdoc")
+            if "href" in name:
+                assert value.startswith(("#", "data:image/jpeg;base64,"))
+            assert "url(" not in (value or "") or re.fullmatch(r"url\(#\w+\)", value)
+    styles = "".join(node.text for node in page.all("style"))
+    assert "@import" not in styles and set(re.findall(r"url\((.)", styles)) == {"#"}
+
+
+def test_the_page_needs_nothing_else(folder, page):
+    _check_inert(page)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//\w+\.", text)
+    policy = next(node for node in page.all("meta") if node.attributes.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy.attributes["content"]
+
+
+def test_nothing_a_run_says_can_act(tmp_path):
+    folder = write_run(tmp_path / "<b onclick=x>&run", steps=1, clips=2)
+    for name in ("eval_base", "eval_trained", "step_000001"):
+        chains = records(folder, name)
+        for chain in chains:
+            for key in ("query", "kind", "video_id", "expression_id", "failure", "prompt1", "answer1", "answer2"):
+                chain[key] = key + ATTACK
+        write_lines(folder / "traces" / f"{name}.jsonl", chains)
+    (folder / "config.yaml").write_text(f"config: {ATTACK}")
+    write_json(folder / "run.json", {"seed": ATTACK, "git": {"revision": ATTACK}, ATTACK: ATTACK})
+    evaluation = {**TRAINED, "by_kind": {f"kind {ATTACK} $x_$": 50.0}}
+    write_lines(folder / "evaluation.jsonl", [{"label": label, **evaluation} for label in ("base", "trained")])
+    page = read(folder)
+    _check_inert(page)
+    for key in ("query", "kind", "video_id", "failure", "prompt1", "answer1", "answer2", "config: ", "kind "):
+        assert key + ATTACK in page.text
+    assert page.all("h1")[0].text == "<b onclick=x>&run"
+
+
+def test_a_long_run_on_large_frames_stays_small(tmp_path):
+    folder = write_run(tmp_path / "large", steps=0, clips=8)
+    rng = np.random.default_rng(1)
+    noise = np.asarray(rng.integers(0, 255, (90, 160, 3)), np.uint8).repeat(6, 0).repeat(6, 1)
+    jpeg = base64.b64encode(encode_frame(noise)).decode()
+    for name in ("eval_base", "eval_trained"):
+        chains = records(folder, name)
+        for chain in chains:
+            chain["answer1"] = "<think>" + "and then it moves on " * 5000
+            for thumb in chain["thumbs"]:
+                thumb["jpeg"] = jpeg
+        write_lines(folder / "traces" / f"{name}.jsonl", chains)
+    write_lines(folder / "metrics.jsonl", [metrics(step, 5000, rng) for step in range(1, 5001)])
+    assert write_report(folder).stat().st_size < 3e6
+
+
+def test_names_are_unique_and_references_find_them(page):
+    names = [node.attributes["id"] for node in page.all() if node.attributes.get("id")]
+    assert len(names) == len(set(names))
+    for node in page.all():
+        for name, value in node.attributes.items():
+            if value and ((name.endswith("href") and value[0] == "#") or value.startswith("url(#")):
+                assert value.removeprefix("url(").strip("#)") in names
+            if name == "aria-labelledby":
+                assert value in names
+
+
+def test_pictures_and_tables_can_be_heard(page):
+    assert page.all("html")[0].attributes["lang"] == "en"
+    for svg in page.all("svg"):
+        hidden = svg.attributes.get("aria-hidden") == "true"
+        assert hidden or (svg.attributes["role"] == "img" and svg.attributes["aria-label"])
+    for figure in page.all("figure"):
+        assert "→" in figure.all("figcaption")[0].text  # in words, what the hidden drawing shows
+    assert all(head.attributes.get("scope") for head in page.all("th"))
+
+
+# ---- Files that are missing or damaged -------------------------------------------------------------------------------
+
+OPTIONAL = ("config.yaml", "run.json", "metrics.jsonl", "evaluation.jsonl", "summary.json", "traces/eval_base.jsonl",
+            "traces/eval_trained.jsonl", "traces/step_000001.jsonl")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_any_file_may_be_missing(small, name):
+    (small / name).unlink()
+    assert read(small).all("h1")[0].text == "small"
+
+
+def test_a_run_that_just_began(tmp_path):
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    page = read(tmp_path)
+    assert page.all("p", "headline")[0].text == "Nothing was measured yet."
+    assert not page.all("table") and not page.all("article") and "run: {}" in page.text
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_no_run_is_one_line(tmp_path, make):
+    folder = tmp_path / "missing"
+    if make:
+        folder.mkdir()
+    with pytest.raises(InputError) as error:
+        write_report(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert not make or not list(folder.iterdir())
+
+
+def test_a_line_that_is_still_being_written_is_left_out(small):
+    with open(small / "evaluation.jsonl", "a") as file:
+        file.write('{"label": "trained", "jf": 99')
+    assert "to 56.3" in read(small).all("p", "headline")[0].text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', "line 2"),
+        ("evaluation.jsonl", b"[1]\n", "line 1"),
+        ("summary.json", b"{", "summary.json"),
+        ("run.json", b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_damaged_files_are_named(small, name, content, message):
+    (small / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        write_report(small)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert not (small / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"jpeg": "no base64!"},
+        {"jpeg": base64.b64encode(b"no picture").decode()},
+        {"mask": {"size": [128, 128], "counts": "0"}},
+        {"mask": {"size": [128, 128]}},
+        {"t": None},
+    ],
+)
+def test_damaged_pictures_are_one_line(small, damage):
+    chains = records(small, "eval_trained")
+    for chain in chains:
+        chain["thumbs"][0] |= damage
+    write_lines(small / "traces" / "eval_trained.jsonl", chains)
+    with pytest.raises(InputError) as error:
+        write_report(small)
+    assert "traces of run small" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_old_report_stays_until_the_new_one_is_complete(small, monkeypatch):
+    path = small / "report.html"
+    path.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", full)
+        with pytest.raises(RunFailure, match="No space left on device"):
+            write_report(small)
+    assert path.read_text() == "old" and not list(small.glob(".*"))
+    write_report(small)
+    assert path.read_text() != "old" and not list(small.glob(".*"))
+
+
+def test_main_prints_the_path(small, capsys):
+    main(str(small))
+    assert capsys.readouterr().out == f"{small / 'report.html'}\n"
