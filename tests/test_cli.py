@@ -49,7 +49,9 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, words):
 
 
 def test_help_answers_without_loading_anything_heavy():
-    code = "import sys; from revseg_jax.cli import parser; parser(); print('jax' in sys.modules, 'torch' in sys.modules)"
+    code = (
+        "import sys; from revseg_jax.cli import parser; parser(); print('jax' in sys.modules, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
