@@ -9,16 +9,15 @@ from pathlib import Path
 import av
 import numpy as np
 
-TINT = np.array([255, 60, 60], np.uint16)
+TINT = np.array([255, 60, 60], np.uint8)
 OUTLINE, BOX = (255, 255, 255), (255, 220, 0)
 BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers; stated in the file, so that every player shows the same colours
 
 
 def draw(frame: np.ndarray, mask: np.ndarray, box: Sequence[float] | None = None) -> np.ndarray:
     """uint8 [H, W, 3]: the frame with its mask, bool [H, W], tinted and outlined, and with a box x1, y1, x2, y2."""
-    drawn = frame.copy()
+    drawn = np.where(mask[..., None], frame // 2 + TINT // 2, frame)
     line = max(1, round(max(mask.shape) / 500))
-    drawn[mask] = (frame[mask] + TINT) // 2
     within, inside = slice(line, -line), np.zeros_like(mask)  # inside: the mask goes on for `line` pixels all around
     inside[within, within] = mask[: -2 * line, within] & mask[2 * line :, within]
     inside[within, within] &= mask[within, : -2 * line] & mask[within, 2 * line :]

@@ -57,7 +57,7 @@ def _riff(file: BinaryIO) -> int | None:
 def _matroska(file: BinaryIO) -> int | None:
     file.seek(4)
     header = _vint(file)
-    if header is None:
+    if header is None or header > 1 << 20:
         return None
     file.seek(header, 1)
     if file.read(4) != _SEGMENT:

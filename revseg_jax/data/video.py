@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -102,7 +102,7 @@ def open_video(path: str | Path, progress: bool = False) -> Video:
             durations.append(1 if images else frame.duration)
             time_base = time_base if images else frame.time_base
     if not images and (not pts or _cut_off(path)):
-        raise InputError(_complaint(path, len(pts), "it holds no frame that can be decoded"))
+        raise InputError(_complaint(path, len(pts), "no frame in it can be decoded"))
     timeline, last = _timeline(pts, durations, time_base)
     return Video(path, *size, timeline, last, time_base, images)
 
@@ -127,7 +127,8 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
     count = 0
     try:
         # "file:" and an absolute path, or a name with a colon in it would be taken for an address.
-        with av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"}) as container:
+        options = {"options": {"protocol_whitelist": "file"}, "metadata_errors": "replace"}
+        with av.open(f"file:{path.absolute()}", **options) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a song's cover
                 raise InputError(f"video {path} has no video stream")
@@ -145,20 +146,24 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
                     for frame in frames:
                         count += 1
                         yield frame
+            except IndexError:
+                pass  # PyAV stumbles over streams that appear on the way, once ours has ended
             except av.error.FFmpegError:
-                for frame in stream.decode():  # those read before the error
-                    count += 1
-                    yield frame
+                with suppress(av.error.FFmpegError):
+                    for frame in stream.decode():  # those read before the error
+                        count += 1
+                        yield frame
                 raise
     except av.error.FFmpegError as error:
-        raise InputError(_complaint(path, count, error.strerror)) from None
+        reason = "it holds no frames" if isinstance(error, av.error.EOFError) else error.strerror
+        raise InputError(_complaint(path, count, reason)) from None
 
 
 def _complaint(path: Path, count: int, reason: str) -> str:
     readable = f"only {count} frames can be read" if count else "no frame can be read"
     if _cut_off(path):
-        sizes = f"{path.stat().st_size} of {declared_size(path)} bytes"
-        return f"video {path} is truncated ({sizes}, {readable}): give the whole file"
+        missing = f"at least {declared_size(path) - path.stat().st_size} bytes are missing"
+        return f"video {path} is truncated ({missing}, {readable}): give the whole file"
     return f"video {path} is damaged, {readable}: {reason}" if count else f"video {path} cannot be read: {reason}"
 
 
