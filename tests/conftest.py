@@ -1,8 +1,13 @@
-"""Compilations are shared between test modules and the processes they start."""
+"""Property tests draw the same examples in every run; compilations are shared with the processes tests start."""
 
 import os
 import tempfile
 
+from hypothesis import settings
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "revseg_jax_test_compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
