@@ -22,6 +22,7 @@ from revseg_jax.report import main, write_report
 from revseg_jax.report.chains import chosen, group_of, overview, pieces
 from revseg_jax.report.overlays import LONGEST_SIDE, outline_path, picture
 from revseg_jax.report.plots import curves, smooth
+from revseg_jax.report.results import temporal_verdict
 from revseg_jax.report.run_files import read_run
 
 ATTACK = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b onclick=alert(3)>"
@@ -136,6 +137,12 @@ def test_a_loss_is_called_a_loss(small):
     assert verdict in page.text  # the temporal reward of BASE is between the two
 
 
+def test_what_looks_equal_is_not_called_better():
+    record = {"temporal": 0.5754, "best_constant_keyframe": 0.5753, "reversed_temporal": 0.58}
+    verdict = "no better than the best constant keyframe. On the same clips played backwards they score 0.58, not past"
+    assert verdict in temporal_verdict({}, record)
+
+
 def test_kinds_baselines_and_reversed_clips_have_their_bars(page):
     bars = {}
     for chart in page.all("dl", "bars"):
@@ -181,9 +188,10 @@ def test_a_curve_shows_its_numbers():
     held_out, mask = rewards
     drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', mask.svg)
     assert len(drawn) == 2  # raw, then smooth
-    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", drawn[0])]
     zero, one = (float(re.search(rf'y="([\d.]+)"[^>]*>{label}<', mask.svg)[1]) for label in (r"0\.0", r"1\.0"))
-    assert (heights[0] - heights[-1]) / (zero - one) == pytest.approx(0.8 - 0.205, abs=0.01)
+    for path, rise in zip(drawn, (0.8 - 0.205, 0.788 - 0.217), strict=True):
+        heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
+        assert (heights[0] - heights[-1]) / (zero - one) == pytest.approx(rise, abs=0.01)
     assert mask.summary == "0.22 → 0.79"
     assert held_out.summary == "10 → 90"
     assert "nan" not in held_out.svg
@@ -331,6 +339,12 @@ def test_examples_are_the_best_the_typical_the_failing_and_the_worse():
     assert chosen([]) == []
 
 
+def test_no_clip_is_shown_twice_and_none_called_failing_that_is_not():
+    names = [(why, next(iter(pair.values()))["video_id"]) for why, pair in chosen([_pair("a", 0.6, 0.9)])]
+    assert names == [("Biggest improvement", "a")]
+    assert [why for why, _ in chosen([_pair("a", 0.7, 0.7), _pair("b", 0.9, 0.5)])] == ["Typical", "Got worse"]
+
+
 def test_one_policy_alone_can_be_read(small):
     (small / "traces" / "eval_trained.jsonl").unlink()
     clips = read(small).all("article", "clip")
@@ -406,6 +420,13 @@ def test_nothing_a_run_says_can_act(tmp_path):
     for key in ("query", "kind", "video_id", "failure", "prompt1", "answer1", "answer2", "config: ", "kind "):
         assert key + ATTACK in page.text
     assert page.all("h1")[0].text == "<b onclick=x>&run"
+
+
+def test_texts_that_are_no_unicode_do_not_stop_the_report(small):
+    chain = records(small, "eval_base")[0] | {"answer1": "half \ud800 a pair"}
+    write_lines(small / "traces" / "eval_base.jsonl", [chain])
+    (small / "traces" / "eval_trained.jsonl").unlink()
+    assert "half ? a pair" in read(small).text
 
 
 def test_a_long_run_on_large_frames_stays_small(tmp_path):

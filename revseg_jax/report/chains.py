@@ -186,7 +186,7 @@ def group_of(records: list[Record]) -> list[Record]:
     def spread(group: list[Record]) -> float:
         return float(np.std([total(record) for record in group]))
 
-    return sorted(max(groups.values(), key=spread), key=total, reverse=True) if groups else []
+    return sorted(max(groups.values(), key=spread), key=total, reverse=True)
 
 
 def total(record: dict[str, Any]) -> float:

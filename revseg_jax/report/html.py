@@ -29,10 +29,10 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     path, partial = run_dir / NAME, run_dir / f".{NAME}.{os.getpid()}.partial"
-    page = render(read_run(run_dir))
+    page = render(read_run(run_dir)).encode("utf-8", "replace")  # a text may hold half a surrogate pair
     try:
         try:
-            partial.write_text(page, encoding="utf-8")
+            partial.write_bytes(page)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -55,7 +55,8 @@ def render(run: RunFiles) -> str:
     )
     try:
         clips = [chains.shown(why, pair) for why, pair in chains.chosen(pairs)]
-    except (KeyError, TypeError, ValueError) as error:  # InputError is a ValueError
+        groups = [chains.group_of(records) for records in (run.first_step, run.last_step) if records]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # InputError is a ValueError
         raise InputError(f"traces of run {run.name}: {error}; remove or repair them") from None
     return environment.get_template("report.html").render(
         run=run,
@@ -69,6 +70,6 @@ def render(run: RunFiles) -> str:
         training_curves=training,
         clips=clips,
         overview=chains.overview(pairs),
-        groups=[group for records in (run.first_step, run.last_step) if (group := chains.group_of(records))],
+        groups=groups,
         manifest=json.dumps({k: v for k, v in run.manifest.items() if k != "config"}, indent=2, ensure_ascii=False),
     )

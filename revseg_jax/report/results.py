@@ -148,8 +148,8 @@ def temporal_verdict(base: Record, trained: Record) -> str:
         ("best_constant_keyframe", "the best constant keyframe"),
         ("random_visible_keyframe", "a random visible one"),
     )
-    score = number(record.get("temporal"))
-    blind = [(value, name) for key, name in names if (value := number(record.get(key))) is not None]
+    score, backwards = _printed(record.get("temporal")), _printed(record.get("reversed_temporal"))
+    blind = [(value, name) for key, name in names if (value := _printed(record.get(key))) is not None]
     if score is None or not blind:
         return ""
     beaten = [name for value, name in blind if score > value]
@@ -157,12 +157,17 @@ def temporal_verdict(base: Record, trained: Record) -> str:
     parts = [f"better than {' and '.join(beaten)}"] if beaten else []
     parts += [f"no better than {' and '.join(missed)}"] if missed else []
     text = f"The {who} policy's keyframes are {', but '.join(parts)}."
-    backwards = number(record.get("reversed_temporal"))
     if backwards is not None:
         best, name = max(blind)
-        stays = "still past" if backwards > best else "not past"
-        text += f" On the same clips played backwards they score {backwards:.2f}, {stays} {name}."
+        where = "past" if backwards > best else "not past"
+        text += f" On the same clips played backwards they score {backwards:.2f}, {where} {name}."
     return text
+
+
+def _printed(value: Any) -> float | None:
+    """A reward as the page prints it: what looks equal there is equal."""
+    value = number(value)
+    return None if value is None else round(value, 2)
 
 
 def _bar(name: str, value: float, full: float, digits: int, series: str) -> Bar:
