@@ -103,8 +103,9 @@ def main(
             **_trace(loaded, source, query, shown, keyframe, rollout),
             "masked_frames": int(masked.sum()),
             "tracker": {"checkpoint": info.checkpoint, "config": info.config, "device": info.device},
-            "timings": timings,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | dict(info.versions),
+            "timings": timings,  # seconds
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "tracker_versions": dict(info.versions),
         }
         (folder / "trace.json").write_text(json.dumps(trace, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(_summary(trace, out))

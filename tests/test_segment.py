@@ -102,7 +102,7 @@ def test_everything_real_on_a_synthetic_clip(tmp_path, capfd):
     assert (trace["frames"], trace["size"], trace["query"]) == (count, list(scene.frames.shape[1:3]), query)
     assert query in trace["prompt1"] and trace["answer1"] and trace["shown_frames"] == sample_frames(count, 8).tolist()
     assert masks_of(tmp_path / "new/answer").shape == scene.frames.shape[:3]
-    assert {"torch", "sam2", "jax", "revseg-jax"} <= set(trace["versions"])
+    assert {"jax", "revseg-jax"} <= set(trace["versions"]) and {"torch", "sam2"} <= set(trace["tracker_versions"])
     assert list(trace["timings"]) == ["read", "load_policy", "start_tracker", "chain", "track", "overlay"]
     if trace["failure"]:
         assert not masks_of(tmp_path / "new/answer").any()
