@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,3 +71,15 @@ def write_sound(path: Path, cover: np.ndarray | None = None) -> Path:
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
+
+
+def peak_growth(work: Callable[[], object]) -> int:
+    """Bytes by which this process's memory rose at most while `work` ran: libraries' own memory counts too."""
+
+    def status(key: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before

@@ -18,6 +18,7 @@ from revseg_jax.data.container import declared_size
 from revseg_jax.errors import InputError, RunFailure
 
 IMAGES = (".jpg", ".jpeg", ".png")
+Orientation = tuple[bool, bool, bool]
 FOLDER_FPS = 24  # a folder of frames has no times; DAVIS's are 24 a second
 
 
@@ -33,6 +34,7 @@ class Video:
       last: how long the last frame is shown, in the same units
       time_base: seconds
       images: the files of a folder, in order; empty for a video file
+      orientation: (swap rows and columns, then flip rows, flip columns) that show a decoded frame upright
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Video:
     last: int
     time_base: Fraction
     images: tuple[Path, ...] = ()
+    orientation: Orientation = (False, False, False)
 
     def __len__(self) -> int:
         return len(self.pts)
@@ -71,10 +74,10 @@ class Video:
         with closing(_images(self.images) if self.images else _decode(self.path)) as source:
             for index in range(max(wanted, default=-1) + 1):
                 frame = next(source, None)
-                if frame is None or _size(frame) != (self.height, self.width):
+                if frame is None or _size(frame, self.orientation) != (self.height, self.width):
                     raise RunFailure(f"{self.path} changed while it was being read: frame {index} is not what it was")
                 if index in wanted:
-                    yield index, _pixels(frame)
+                    yield index, _pixels(frame, self.orientation)
 
 
 def open_video(path: str | Path, progress: bool = False) -> Video:
@@ -90,21 +93,28 @@ def open_video(path: str | Path, progress: bool = False) -> Video:
         raise InputError(f"video {path} cannot be opened: {getattr(error, 'strerror', error)}") from None
     images = _list_images(path) if path.is_dir() else ()
     pts, durations, size, time_base = [], [], None, Fraction(1, FOLDER_FPS)
+    orientation = (False, False, False)
     with closing(_images(images) if images else _decode(path)) as source:
         for frame in tqdm(source, "reading the video", unit=" frames", leave=False, disable=None if progress else True):
-            if size is not None and _size(frame) != size:
+            if size is None:
+                if not images:
+                    # Of the first frame only: PyAV's side data makes a cycle with its frame, which then stays until
+                    # the garbage collector runs.
+                    orientation, time_base = _orientation(frame), frame.time_base
+                size = _size(frame, orientation)
+            height, width = _size(frame, orientation)
+            if (height, width) != size:
+                name = f" ({images[len(pts)].name})" if images else ""
                 raise InputError(
-                    f"video {path}: frame {len(pts)}{f' ({images[len(pts)].name})' if images else ''} is "
-                    f"{_size(frame)[1]} x {_size(frame)[0]} pixels, those before it {size[1]} x {size[0]}"
+                    f"video {path}: frame {len(pts)}{name} is {width} x {height} pixels, "
+                    f"those before it {size[1]} x {size[0]}"
                 )
-            size = _size(frame)
             pts.append(len(pts) if images else frame.pts)
             durations.append(1 if images else frame.duration)
-            time_base = time_base if images else frame.time_base
     if not images and (not pts or _cut_off(path)):
         raise InputError(_complaint(path, len(pts), "no frame in it can be decoded"))
     timeline, last = _timeline(pts, durations, time_base)
-    return Video(path, *size, timeline, last, time_base, images)
+    return Video(path, *size, timeline, last, time_base, images, orientation)
 
 
 def _timeline(pts: list[int | None], durations: list[int], time_base: Fraction) -> tuple[np.ndarray, int]:
@@ -193,24 +203,23 @@ def _images(paths: Iterable[Path]) -> Iterator[Image.Image]:
             raise InputError(f"image {path} cannot be read: {error}") from None
 
 
-def _size(frame: Image.Image | av.VideoFrame) -> tuple[int, int]:
+def _size(frame: Image.Image | av.VideoFrame, orientation: Orientation) -> tuple[int, int]:
     """Height and width of a frame as it is shown."""
-    swapped = isinstance(frame, av.VideoFrame) and _orientation(frame)[0]
-    return (frame.width, frame.height) if swapped else (frame.height, frame.width)
+    return (frame.width, frame.height) if orientation[0] else (frame.height, frame.width)
 
 
-def _pixels(frame: Image.Image | av.VideoFrame) -> np.ndarray:
+def _pixels(frame: Image.Image | av.VideoFrame, orientation: Orientation) -> np.ndarray:
     """uint8 [height, width, 3] of a frame as it is shown."""
     if isinstance(frame, Image.Image):
         return np.asarray(frame)
-    swap, flip_rows, flip_columns = _orientation(frame)
+    swap, flip_rows, flip_columns = orientation
     pixels = frame.to_ndarray(format="rgb24")
     pixels = pixels.swapaxes(0, 1) if swap else pixels
     return np.ascontiguousarray(pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
 
 
-def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """(swap rows and columns, then flip rows, flip columns) that show a frame as its display matrix wants.
+def _orientation(frame: av.VideoFrame) -> Orientation:
+    """What shows a frame as its display matrix wants.
 
     FFmpeg's matrix takes (x, y) to (a x + c y, b x + d y) and starts a, b, u, c, d; phones use quarter turns and mirror
     images only, so other angles count as the nearest of these.
