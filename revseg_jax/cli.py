@@ -88,7 +88,6 @@ def parser() -> Parser:
     assets.add_argument("which", choices=("policy", "tracker"))
     assets.add_argument("--out", required=True)
     assets.add_argument("--seed", type=int, default=0)
-    assets.add_argument("--steps", type=int, default=None, help="policy: default the recipe's own")
     assets.add_argument("--minutes", type=float, default=40.0, help="tracker: 60 steps each, however long they take")
     assets.add_argument("--config", default="configs/demo.yaml", help="policy: where its prompts and sizes come from")
     return root
@@ -158,11 +157,10 @@ def run_report(options: argparse.Namespace) -> None:
 def run_make_assets(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if options.which == "policy":
-        steps = {"steps": options.steps} if options.steps is not None else {}
         from revseg_jax.config import load_config
         from revseg_jax.pretraining.asset import make_policy
 
-        make_policy(out, load_config(options.config), options.seed, **steps)
+        make_policy(out, load_config(options.config), options.seed)
     else:
         from revseg_jax.tracker.embedded_training import train_tracker
 

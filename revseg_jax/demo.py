@@ -19,7 +19,7 @@ from revseg_jax.train import tracker_client, train
 
 DIFFICULTY = "easy"
 TRAIN_CLIPS, TEST_CLIPS = 400, 96
-ILLUSTRATED = 12  # chains of each evaluation that carry pictures into the report
+ILLUSTRATED = 24  # chains of each evaluation that carry pictures into the report
 TERMS = ("j", "f", "format", "temporal", "spatial", "mask", "turns")
 
 

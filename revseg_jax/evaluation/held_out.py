@@ -66,11 +66,12 @@ def evaluate_policy(
     """Runs the chain on `data.test_clips` examples spread over the source (0: all).
 
     engine: a greedy one. client None leaves out the tracking: J, F and mask are then 0. Returns the scores and one
-    trace a chain, the first `trace_thumbnails` of them with small pictures of the masks.
+    trace a chain, `trace_thumbnails` of them, spread over the source, with small pictures of the masks.
     """
     chain = engine.encoder.chain
     wanted = config.data.test_clips or len(source)
     chosen = np.unique(np.linspace(0, len(source) - 1, min(wanted, len(source))).round().astype(int))
+    illustrated = set(np.linspace(0, len(chosen) - 1, min(trace_thumbnails, len(chosen))).round().astype(int).tolist())
     rows, traces, areas = [], [], []
     bar = tqdm(total=len(chosen), desc=f"evaluate {label}", unit="chain")
     with ThreadPoolExecutor(2) as pool:
@@ -95,7 +96,7 @@ def evaluate_policy(
                 areas.append(batch.areas[b, :count])
                 record = trace_record(chain, batch, b, 0, rollout, reward, step=0)
                 record |= {"j": float(j.mean()), "f": float(f.mean()), "frames": len(truth), "label": label}
-                if len(traces) < trace_thumbnails:
+                if len(traces) in illustrated:
                     record["thumbs"] = _thumbnails(clips[b], masks, truth, rollout, shown)
                 traces.append(record)
                 bar.update()

@@ -6,24 +6,25 @@ import dataclasses
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from revseg_jax.config import Config, PolicyConfig
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.evaluation.held_out import evaluate_policy
-from revseg_jax.pretraining.policy_training import DIFFICULTY, STEPS, VISION_STEPS, train_policy
+from revseg_jax.pretraining.policy_training import DIFFICULTY, STAGES, Stage, train_policy
 from revseg_jax.rollout.loading import load_engine
 
 TEST_CLIPS, TEST_SEED = 96, 1000
 
 
-def make_policy(out: Path, config: Config, seed: int, steps: int = STEPS) -> None:
+def make_policy(out: Path, config: Config, seed: int, stages: Sequence[Stage] = STAGES) -> None:
     """Trains into the new folder `out` and writes asset.json: command, seed, hash of the weights and scores.
 
     The scores are those of whole chains on held-out clips, sampled as in training, without tracking.
     """
-    train_policy(out, config.chain, seed, VISION_STEPS, steps)
+    train_policy(out, config.chain, seed, stages)
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips"
         prepare_synthetic(clips, DIFFICULTY, 0, TEST_CLIPS, seed=TEST_SEED, progress=False)
@@ -33,10 +34,9 @@ def make_policy(out: Path, config: Config, seed: int, steps: int = STEPS) -> Non
         )
     names = ("clips", "format", "temporal", "spatial", "turns", "best_constant_keyframe", "random_visible_keyframe")
     note = {
-        "command": f"revseg make-assets policy --seed {seed} --steps {steps} --out DIR",
+        "command": f"revseg make-assets policy --seed {seed} --out DIR",
         "seed": seed,
-        "vision_steps": VISION_STEPS,
-        "steps": steps,
+        "steps": {stage.name: stage.steps for stage in stages},
         "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "scores": {name: round(float(getattr(evaluation, name)), 4) for name in names},
     }

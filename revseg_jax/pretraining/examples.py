@@ -10,7 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from revseg_jax.chain.prompts import IM_END, prefix_text
+from revseg_jax.chain.prompts import IM_END, VIDEO, prefix_text
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.frames import resize_square
 from revseg_jax.data.sampling import sample_frames
@@ -21,7 +21,7 @@ from revseg_jax.pretraining.primitives import Conversation, View, conversations,
 
 NEXT = "\n<|im_start|>user\n"
 ASSISTANT = f"{IM_END}\n<|im_start|>assistant\n"
-DENSE_CLASSES = len(COLOURS) + 1 + len(SHAPES) + 1  # each with a class "background" in the last place
+PATCH_CLASSES = len(COLOURS) + 1 + len(SHAPES) + 1  # each with a class "background" in the last place
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class ExampleMaker:
     """Turns a clip number into arrays. Picklable, so that Grain's workers can hold it.
 
     Attributes:
-      suffixes: how many (chain, box, video) conversations a clip gets; the first two kinds show an image
+      suffixes: how many (chain, box, video) conversations a clip gets; the first two kinds show an image. Without
+        chains and videos the clip's video is not shown at all.
       slots: tokens a suffix has room for; turns that do not fit are left out
     """
 
@@ -42,9 +43,9 @@ class ExampleMaker:
     seed: int
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        """Keys: frames uint8 [N, S, S, 3]; images uint8 [I, 1, K, K, 3]; of the G suffixes tokens int32 [G, slots],
-        positions int32 [3, G, slots], mask bool and trained bool (the token is part of an answer); and for the dense
-        loss `video_*` and `image_*` labels (see `dense_labels`)."""
+        """Keys: images uint8 [I, 1, K, K, 3]; of the G suffixes tokens int32 [G, slots], positions int32 [3, G, slots],
+        mask bool and trained bool (the token is part of an answer); and `image_*` labels for the auxiliary losses (see
+        `patch_labels`). Where the video is shown also frames uint8 [N, S, S, 3] and their `video_*` labels."""
         rng = np.random.default_rng([self.seed, index])
         scene = render(int(rng.integers(1 << 40)), self.difficulty, "train")
         sampled = sample_frames(len(scene.frames), self.chain.frames)
@@ -52,28 +53,39 @@ class ExampleMaker:
         talks = conversations(rng, seen, self.chain, *self.suffixes)
         images = [talk.image_frame or 0 for talk in talks[: self.suffixes[0] + self.suffixes[1]]]
         packed = [self.pack(talk) for talk in talks]
-        frames = np.stack([resize_square(scene.frames[t], self.chain.frame_size) for t in sampled])
         keyframes = np.stack([resize_square(scene.frames[sampled[i]], self.chain.keyframe_size) for i in images])
         patch, merge = self.model.vision.patch_size, self.model.vision.spatial_merge_size
-        video_labels = dense_labels(seen, np.arange(len(sampled)), self.chain.frame_size // patch, merge)
-        image_labels = dense_labels(seen, np.array(images), self.chain.keyframe_size // patch, merge)
-        return {
-            "frames": frames,
+        labels = patch_labels(seen, np.array(images), self.chain.keyframe_size // patch, merge, "image")
+        example = {
             "images": keyframes[:, None],
             "tokens": np.stack([tokens for tokens, _, _, _ in packed]),
             "positions": np.stack([positions for _, positions, _, _ in packed], axis=1),
             "mask": np.stack([mask for _, _, mask, _ in packed]),
             "trained": np.stack([trained for _, _, _, trained in packed]),
-            **{f"video_{name}": value for name, value in video_labels.items()},
-            **{f"image_{name}": value for name, value in image_labels.items()},
+            **labels,
         }
+        if self.shows_video:
+            example["frames"] = np.stack([resize_square(scene.frames[t], self.chain.frame_size) for t in sampled])
+            example |= patch_labels(seen, np.arange(len(sampled)), self.chain.frame_size // patch, merge, "video")
+        return example
+
+    @property
+    def shows_video(self) -> bool:
+        chains, _, videos = self.suffixes
+        return chains + videos > 0
 
     @cached_property
     def prefix_tokens(self) -> np.ndarray:
         """int32 [P]: the system prompt and the opened user turn with the video, the same for every clip."""
-        text = prefix_text(self.chain, "", self.chain.frames, 0.0).split("<|vision_end|>")[0] + "<|vision_end|>"
-        tokens = self.tokenizer(text)["input_ids"]
+        before, _ = prefix_text(self.chain, "", self.chain.frames, 0.0).split(VIDEO)
+        tokens = self.tokenizer(before + VIDEO * self.shows_video)["input_ids"]
         return self._expand(tokens, self.model.video_token_id, self.video_grid())
+
+    @cached_property
+    def prefix_positions(self) -> np.ndarray:
+        """int32 [3, P]"""
+        grids, seconds = [self.video_grid()] * self.shows_video, [self.seconds_per_grid()] * self.shows_video
+        return sequence_positions(self.prefix_tokens, self.model, grids, seconds)
 
     def video_grid(self) -> tuple[int, int, int]:
         side = self.chain.frame_size // self.model.vision.patch_size
@@ -104,9 +116,10 @@ class ExampleMaker:
             tokens += [*asked, *answered]
             trained += [False] * len(asked) + [True] * len(answered)
         prefix = self.prefix_tokens
-        grids = [self.video_grid()] + [self.image_grid()] * (talk.image_frame is not None)
+        grids = [self.video_grid()] * self.shows_video + [self.image_grid()] * (talk.image_frame is not None)
+        seconds = [self.seconds_per_grid()] * self.shows_video
         whole = np.concatenate([prefix, np.array(tokens, np.int32)])
-        positions = sequence_positions(whole, self.model, grids, [self.seconds_per_grid()])[:, len(prefix) :]
+        positions = sequence_positions(whole, self.model, grids, seconds)[:, len(prefix) :]
         padding = self.slots - len(tokens)
         return (
             np.pad(np.array(tokens, np.int32), (0, padding)),
@@ -127,12 +140,13 @@ class ExampleMaker:
         return encode
 
 
-def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[str, np.ndarray]:
-    """What stands at the centre of each patch, for the auxiliary loss that teaches the vision tower to see.
+def patch_labels(seen: View, frames: np.ndarray, side: int, merge: int, kind: str) -> dict[str, np.ndarray]:
+    """What stands at the centre of each patch, for the auxiliary losses that teach to see and to locate.
 
-    frames: int [F] among the sampled ones; side: patches a row. Results in merge order: colour and shape int32
-    [F, side * side] (the number of classes means background); the object's box float32 [F, side * side, 4] as shares
-    of the image, `place` measured from the image's corner and `edges` from the patch's centre.
+    frames: int [F] among the sampled ones; side: patches a row. Results in merge order: `{kind}_colour` and
+    `{kind}_shape` int32 [F, side * side] (the number of classes means background); the object's box float32
+    [F, side * side, 4] as shares of the image, `{kind}_place` measured from the image's corner and `{kind}_edges` from
+    the patch's centre.
     """
     size = seen.size
     rows, columns = merge_order(side, side, merge)
@@ -143,12 +157,13 @@ def dense_labels(seen: View, frames: np.ndarray, side: int, merge: int) -> dict[
     shapes = np.array([SHAPES.index(item.shape) for item in seen.scene.objects])
     boxes = np.take_along_axis(seen.boxes[frames], which[..., None], axis=1) / size
     centre = np.stack([(columns + 0.5) / side, (rows + 0.5) / side] * 2, -1)
-    return {
+    labels = {
         "colour": np.where(found, colours[which], len(COLOURS)).astype(np.int32),
         "shape": np.where(found, shapes[which], len(SHAPES)).astype(np.int32),
         "place": np.where(found[..., None], boxes, 0).astype(np.float32),
         "edges": np.where(found[..., None], boxes - centre, 0).astype(np.float32),
     }
+    return {f"{kind}_{name}": label for name, label in labels.items()}
 
 
 def batches(maker: ExampleMaker, clips: int, batch: int, first_clip: int = 0):

@@ -17,7 +17,10 @@ from revseg_jax.config import ChainConfig
 from revseg_jax.data.synthetic import Scene
 
 BOX_GRID = 4  # coordinates are written as multiples of this many pixels: few, frequent number tokens
-LOOSEST = 1.1  # in conversations a box grows by up to this share of its width and of its height
+# In conversations each side of a box moves outwards by up to this share of the object's width or height. The embedded
+# tracker forgives much: J over a clip is 0.80 from exact boxes, 0.76 from boxes twice as wide and high, 0.45 at five
+# times, where a box is most of the image (80 held-out easy clips, random visible keyframes).
+LOOSEST = 6.0
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,10 @@ def grid_box(box: np.ndarray, clip_size: int, image_size: int) -> list[int]:
 
 
 def loosen(rng: np.random.Generator, box: np.ndarray, limit: float) -> np.ndarray:
-    """Moves each side of an x1, y1, x2, y2 box outwards by a random share of its width or height, inside the image."""
+    """Moves each side of an x1, y1, x2, y2 box outwards, some boxes hardly and some far, inside the image."""
     width, height = box[2] - box[0], box[3] - box[1]
-    grow = rng.uniform(0, LOOSEST, 2) * (width, height)
-    share = rng.uniform(0, 1, 2)
-    low, high = box[:2] - grow * share, box[2:] + grow * (1 - share)
-    return np.clip(np.concatenate([low, high]), 0, limit)
+    outwards = rng.uniform(0, rng.uniform(0, LOOSEST), 4) * (-width, -height, width, height)
+    return np.clip(box + outwards, 0, limit)
 
 
 def chain_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation | None:
@@ -102,20 +103,17 @@ def chain_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig)
     return Conversation(turns, frame)
 
 
-def box_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation | None:
-    """One frame at keyframe size and the exact box of every object in it."""
-    frame = int(rng.integers(len(seen.sampled)))
-    present = np.flatnonzero(seen.visible[frame])
-    if not len(present):
-        return None
-    turns = [
-        Turn(
-            f"Detect exactly '{seen.names[k]}'",
-            turn2_answer(grid_box(seen.boxes[frame, k], seen.size, chain.keyframe_size), seen.names[k]),
-        )
-        for k in rng.permutation(present)
-    ]
-    turns[0] = Turn(IMAGE + turns[0].user, turns[0].answer)
+def box_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation:
+    """One frame at keyframe size and the exact box of every object in it, once in the format of whole conversations and
+    then as bare numbers, which say as much about places in a third of the tokens."""
+    frame = int(rng.choice(np.flatnonzero(seen.visible.any(1))))
+    turns = []
+    for k in rng.permutation(np.flatnonzero(seen.visible[frame])):
+        box, name = grid_box(seen.boxes[frame, k], seen.size, chain.keyframe_size), seen.names[k]
+        if turns:
+            turns.append(Turn(f"Locate '{name}'", str(box)))
+        else:
+            turns.append(Turn(IMAGE + f"Detect exactly '{name}'", turn2_answer(box, name)))
     return Conversation(tuple(turns), frame)
 
 
@@ -129,11 +127,8 @@ def video_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig)
         largest = int(areas[:, k].argmax())
         answer = f'<answer>[{{"frame_idx": {largest}, "object description": "{name}"}}]</answer>'
         turns.append(Turn(f"In which frame is the {name} biggest?", answer))
-        frames = np.flatnonzero(seen.visible[:, k])
-        turns.append(Turn(f"In which frames is the {name} visible?", ", ".join(map(str, frames))))
-        frame = int(rng.choice(frames))
-        box = grid_box(seen.boxes[frame, k], seen.size, chain.frame_size)
-        turns.append(Turn(f"Where is the {name} in frame {frame}?", str(box)))
+        sides = np.round(np.sqrt(areas[:, k]) * chain.frame_size / seen.size / BOX_GRID).astype(int) * BOX_GRID
+        turns.append(Turn(f"How large is the {name} in each frame?", ", ".join(map(str, sides))))
     for expression in seen.scene.expressions:
         if expression.kind != "referring":
             turns += [Turn(f"What is meant by {expression.query!r}?", seen.names[expression.target])] * 2
@@ -144,9 +139,10 @@ def video_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig)
 def conversations(
     rng: np.random.Generator, seen: View, chain: ChainConfig, chains: int, boxes: int, videos: int
 ) -> list[Conversation]:
-    """chains + boxes + videos conversations about one clip; a kind that the clip cannot give becomes a video one."""
-    makers = [chain_conversation] * chains + [box_conversation] * boxes + [video_conversation] * videos
-    return [make(rng, seen, chain) or video_conversation(rng, seen, chain) for make in makers]
+    """chains + boxes + videos conversations about one clip; a clip without a query to ask gives boxes in its place."""
+    talks = [chain_conversation(rng, seen, chain) or box_conversation(rng, seen, chain) for _ in range(chains)]
+    talks += [box_conversation(rng, seen, chain) for _ in range(boxes)]
+    return talks + [video_conversation(rng, seen, chain) for _ in range(videos)]
 
 
 def corpus(scenes: list[Scene], chain: ChainConfig, seed: int) -> list[str]:
