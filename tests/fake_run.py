@@ -13,7 +13,7 @@ from revseg_jax.data.clip import boxes_and_areas, encode_mask
 from revseg_jax.data.frames import encode_frame
 from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.synthetic import render
-from revseg_jax.evaluation.metrics import j_and_f
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.rewards.spatial import spatial_reward
 from revseg_jax.rewards.temporal import soft_scores
 
@@ -121,13 +121,13 @@ def chain(seed: int, skill: float, rng: np.random.Generator, group: int = 0, ste
             "box": [float(v) for v in box], "failure": "",
             "truth_box": boxes[frame].tolist() if areas[frame] > 0 else None,
         }  # fmt: skip
-        j = j_and_f(masks, truth, contour=False)[0].mean()
+        j = region_similarity(masks, truth).mean()
         reward = {"format": 1.0, "temporal": float(scores[keyframe]), "mask": float(j),
                   "spatial": spatial_reward("threshold", box, boxes[frame])}  # fmt: skip
     reward["total"] = 0.25 * reward["format"] + 0.25 * reward["temporal"] + 0.5 * (reward["spatial"] + reward["mask"])
     record["reward"] = reward
     if step == 0:
-        j, f = j_and_f(masks, truth)
+        j, f = region_similarity(masks, truth), contour_accuracy(masks, truth)
         record |= {"j": float(j.mean()), "f": float(f.mean())}
         record["thumbs"] = [
             {"t": int(t), "jpeg": base64.b64encode(encode_frame(scene.frames[t])).decode(),

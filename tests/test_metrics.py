@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
-from revseg_jax.evaluation.metrics import boundary_map, f_measure, j_and_f, j_measure
+from revseg_jax.evaluation.metrics import boundary_map, contour_accuracy, region_similarity
 
 
 def brute_boundary(mask: np.ndarray) -> set[tuple[int, int]]:
@@ -25,6 +26,19 @@ def brute_boundary(mask: np.ndarray) -> set[tuple[int, int]]:
             if any(mask[y, x] != mask[p] for p in inside):
                 found.add((y, x))
     return found
+
+
+def brute_j(pred: np.ndarray, truth: np.ndarray) -> float:
+    a, b = (set(np.flatnonzero(mask).tolist()) for mask in (pred, truth))
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def j_measure(pred: np.ndarray, truth: np.ndarray) -> float:
+    return region_similarity(pred[None], truth[None])[0]
+
+
+def f_measure(pred: np.ndarray, truth: np.ndarray) -> float:
+    return contour_accuracy(pred[None], truth[None])[0]
 
 
 def brute_f(pred: np.ndarray, truth: np.ndarray) -> float:
@@ -134,22 +148,82 @@ def test_properties(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert 0 <= j_measure(pred, truth) <= 1 and 0 <= f_measure(pred, truth) <= 1
 
 
-def test_j_and_f_of_a_clip() -> None:
+def test_frames_of_a_clip_are_scored_one_by_one() -> None:
     rng = np.random.default_rng(1)
     pred, truth = rng.random((2, 5, 24, 37)) < 0.3
     pred[1] = truth[1] = False
     truth[2] = False
-    j, f = j_and_f(pred, truth)
+    j, f = region_similarity(pred, truth), contour_accuracy(pred, truth)
     assert j.dtype == f.dtype == np.float64 and j.shape == f.shape == (5,)
-    assert j.tolist() == [j_measure(p, t) for p, t in zip(pred, truth, strict=True)]
+    assert j.tolist() == [brute_j(p, t) for p, t in zip(pred, truth, strict=True)]
     assert f.tolist() == [brute_f(p, t) for p, t in zip(pred, truth, strict=True)]
     assert (j[1], f[1], j[2], f[2]) == (1, 1, 0, 0)
-    j_only, skipped = j_and_f(pred, truth, contour=False)
-    assert j_only.tolist() == j.tolist() and np.isnan(skipped).all()
+
+
+# --- adversarial masks against distances ------------------------------------------------------------------------------
+
+
+def distance_f(pred: np.ndarray, truth: np.ndarray) -> float:
+    """The definition by exact Euclidean distances: a boundary pixel matches when the other boundary is near enough."""
+    radius = math.ceil(0.008 * np.linalg.norm(pred.shape))
+    boundaries = []
+    for mask in (pred, truth):
+        # Beyond the last row and column stand copies of them; the last pixel has no neighbour left to differ from.
+        right, below = np.pad(mask, ((0, 0), (0, 1)), "edge")[:, 1:], np.pad(mask, ((0, 1), (0, 0)), "edge")[1:]
+        corner = np.pad(mask, ((0, 1), (0, 1)), "edge")[1:, 1:]
+        boundaries.append((mask != right) | (mask != below) | (mask != corner))
+    sums = [boundary.sum() for boundary in boundaries]
+    if not all(sums):
+        return float(not any(sums))
+    near = [ndimage.distance_transform_edt(~other) <= radius + 1e-9 for other in boundaries[::-1]]
+    precision, recall = (
+        (boundary & close).sum() / total for boundary, close, total in zip(boundaries, near, sums, strict=True)
+    )
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def adversarial_masks(height: int, width: int) -> dict[str, np.ndarray]:
+    y, x = np.mgrid[:height, :width]
+    masks = {name: np.zeros((height, width), bool) for name in ("empty", "pixel", "corner", "row", "column", "frame")}
+    masks["pixel"][height // 2, width // 3] = masks["corner"][-1, -1] = True
+    masks["row"][height // 3] = masks["column"][:, -1] = True
+    masks["frame"][[0, -1]] = masks["frame"][:, [0, -1]] = True
+    return masks | {
+        "full": np.ones((height, width), bool),
+        "board": (x + y) % 2 == 0,
+        "diagonal": abs(y * width - x * height) < width,
+        "disk": (y - height * 0.6) ** 2 + (x - width * 0.4) ** 2 < (0.2 * min(height, width)) ** 2,
+        "left": x < width * 0.5,
+        "noise": np.random.default_rng(height).random((height, width)) < 0.02,
+    }
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 90), (61, 1), (120, 213), (300, 64)], ids=lambda size: "x".join(map(str, size))
+)
+def test_adversarial_masks(size) -> None:
+    """Every mask against every other: empty, full, one pixel, thin lines, borders, chequerboard, noise."""
+    masks = list(adversarial_masks(*size).values())
+    pairs = [(p, t) for p in masks for t in masks]
+    pred, truth = np.stack([p for p, _ in pairs]), np.stack([t for _, t in pairs])
+    expected = [(brute_j(p, t), distance_f(p, t)) for p, t in pairs]
+    np.testing.assert_allclose(region_similarity(pred, truth), [j for j, _ in expected], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(contour_accuracy(pred, truth), [f for _, f in expected], rtol=0, atol=1e-9)
+
+
+def test_4k() -> None:
+    masks = adversarial_masks(2160, 3840)
+    pred, truth = masks["disk"] | masks["row"], np.roll(masks["disk"], (30, -44), (0, 1)) ^ masks["pixel"]
+    assert region_similarity(pred[None], truth[None])[0] == pytest.approx(brute_j(pred, truth), abs=1e-12)
+    assert 0 < distance_f(pred, truth) < 1
+    assert contour_accuracy(pred[None], truth[None])[0] == pytest.approx(distance_f(pred, truth), abs=1e-9)
 
 
 def test_wrong_masks_are_refused() -> None:
-    with pytest.raises(ValueError, match="different shapes"):
-        j_and_f(np.zeros((2, 4, 4), bool), np.zeros((3, 4, 4), bool))
-    with pytest.raises(TypeError, match="bool"):
-        f_measure(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8))
+    for measure in (region_similarity, contour_accuracy):
+        with pytest.raises(ValueError, match="different shapes"):
+            measure(np.zeros((2, 4, 4), bool), np.zeros((3, 4, 4), bool))
+        with pytest.raises(ValueError, match="T, H, W"):
+            measure(np.zeros((4, 4), bool), np.zeros((4, 4), bool))
+        with pytest.raises(TypeError, match="bool"):
+            measure(np.zeros((1, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8))

@@ -30,7 +30,7 @@ from tracker_setup import (
 )
 
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.evaluation.metrics import j_and_f
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.tracker import TrackerClient, check
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker.client import Scores
@@ -151,9 +151,8 @@ def test_scores_are_those_of_the_masks(client):
     truth[:9, 10:60, 20:80] = True  # absent at the end
     masks, scores = client.track(clip, prompts), client.score(clip, prompts, truth)
     for n in range(5):
-        j, f = j_and_f(masks[n], truth)
-        np.testing.assert_allclose(scores.j_per_frame[n], j, atol=1e-3)
-        np.testing.assert_allclose(scores.f_per_frame[n], f, atol=1e-2)
+        np.testing.assert_allclose(scores.j_per_frame[n], region_similarity(masks[n], truth), atol=1e-3)
+        np.testing.assert_allclose(scores.f_per_frame[n], contour_accuracy(masks[n], truth), atol=1e-2)
     np.testing.assert_allclose(scores.j, scores.j_per_frame.mean(1))
     np.testing.assert_allclose(scores.f, scores.f_per_frame.mean(1))
     assert scores.j[4] == scores.j[0] and len(set(scores.j)) > 2

@@ -15,7 +15,7 @@ from revseg_jax.config import ChainConfig, Config
 from revseg_jax.data.clip import Clip, decode_mask, encode_mask
 from revseg_jax.data.pipeline import Batch, make_example, stack
 from revseg_jax.data.source import ClipSource
-from revseg_jax.evaluation.metrics import j_and_f
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.rewards.temporal import best_constant_keyframe, random_visible_keyframe
 from revseg_jax.rewards.total import RolloutReward, score_rollout
 from revseg_jax.rollout.chains import Rollout
@@ -80,7 +80,9 @@ def evaluate_policy(
             for b, masks in enumerate(tracked):
                 rollout, count = chains[b], int(batch.frame_count[b])
                 truth = np.stack([decode_mask(m, clips[b].height, clips[b].width) for m in clips[b].masks])
-                j, f = j_and_f(masks, truth) if client is not None else (np.zeros(len(truth)),) * 2
+                j = f = np.zeros(len(truth))
+                if client is not None:
+                    j, f = region_similarity(masks, truth), contour_accuracy(masks, truth)
                 shown = batch.sampled[b, :count]
                 reward = score_rollout(
                     config.rewards,

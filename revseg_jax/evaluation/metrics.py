@@ -16,19 +16,22 @@ import numpy as np
 BOUNDARY_TOLERANCE = 0.008  # of the image diagonal
 
 
-def j_measure(pred: np.ndarray, truth: np.ndarray) -> np.ndarray | float:
-    """Region similarity of bool masks [..., H, W]: float64 [...], a float for a single frame."""
-    _check_shapes(pred, truth)
-    intersection = np.count_nonzero(pred & truth, axis=(-2, -1))
-    union = np.count_nonzero(pred | truth, axis=(-2, -1))
-    j = np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
-    return j if j.ndim else float(j)
+def region_similarity(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """J of every frame: bool [T, H, W] twice -> float64 [T]. Raises ValueError or TypeError for other arrays."""
+    _check(pred, truth)
+    intersection = np.count_nonzero(pred & truth, axis=(1, 2))
+    union = np.count_nonzero(pred | truth, axis=(1, 2))
+    return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))
 
 
-def f_measure(pred: np.ndarray, truth: np.ndarray) -> float:
-    """Contour accuracy of one frame, bool masks [H, W]."""
-    _check_shapes(pred, truth)
-    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*pred.shape))
+def contour_accuracy(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """F of every frame: bool [T, H, W] twice -> float64 [T]. Raises ValueError or TypeError for other arrays."""
+    _check(pred, truth)
+    radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*pred.shape[1:]))
+    return np.array([_frame_f(p, t, radius) for p, t in zip(pred, truth, strict=True)], np.float64)
+
+
+def _frame_f(pred: np.ndarray, truth: np.ndarray, radius: int) -> float:
     # One empty pixel is kept around the objects: there the boundary map is zero as it is in the whole image, and
     # where the image's own last row or column is reached, its special rule applies to the crop as well.
     rows, columns = _bounds(pred | truth, margin=1)
@@ -39,17 +42,7 @@ def f_measure(pred: np.ndarray, truth: np.ndarray) -> float:
         return float(pred_total == truth_total)
     precision = _count_near(pred_boundary, truth_boundary, radius) / pred_total
     recall = _count_near(truth_boundary, pred_boundary, radius) / truth_total
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
-
-
-def j_and_f(pred: np.ndarray, truth: np.ndarray, contour: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """J and F of every frame: bool [T, H, W] twice -> float64 [T], float64 [T].
-
-    contour=False skips F, by far the dearer of the two, and returns NaN for it.
-    """
-    _check_shapes(pred, truth)
-    f = [f_measure(p, t) if contour else math.nan for p, t in zip(pred, truth, strict=True)]
-    return j_measure(pred, truth), np.array(f, dtype=np.float64)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def boundary_map(mask: np.ndarray) -> np.ndarray:
@@ -95,8 +88,10 @@ def _bounds(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
     return slices[0], slices[1]
 
 
-def _check_shapes(pred: np.ndarray, truth: np.ndarray) -> None:
+def _check(pred: np.ndarray, truth: np.ndarray) -> None:
     if pred.shape != truth.shape:
         raise ValueError(f"masks of different shapes cannot be compared: {pred.shape} and {truth.shape}")
+    if pred.ndim != 3:
+        raise ValueError(f"masks must be [T, H, W], not of shape {pred.shape}")
     if pred.dtype != bool or truth.dtype != bool:
         raise TypeError(f"masks must be bool, not {pred.dtype} and {truth.dtype}")

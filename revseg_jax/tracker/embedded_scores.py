@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from revseg_jax.data.frames import decode_frame, encode_frame, resize_square
 from revseg_jax.data.synthetic import render
-from revseg_jax.evaluation.metrics import j_measure
+from revseg_jax.evaluation.metrics import region_similarity
 from revseg_jax.tracker.training_data import MIN_PIXELS, box_of, jittered_box
 from revseg_jax.tracker.training_step import normalise
 
@@ -88,11 +88,11 @@ def score(
             prompts = prompts_of(scene.masks, np.random.default_rng([seed, clip]), enlarge)
             frames = np.stack([decode_frame(encode_frame(frame)) for frame in scene.frames])
             for prompt, masks in zip(prompts, predict(predictor, frames, prompts), strict=True):
-                frame_j = j_measure(masks, prompt.truth)
+                frame_j = region_similarity(masks, prompt.truth)
                 j.append(frame_j.mean())
                 absent.extend(frame_j[~prompt.truth.any((1, 2))])
                 still = np.broadcast_to(prompt.truth[prompt.keyframe], prompt.truth.shape)
-                copied.append(j_measure(still, prompt.truth).mean())
+                copied.append(region_similarity(still, prompt.truth).mean())
     return {
         "j": float(np.mean(j)),
         "copy": float(np.mean(copied)),

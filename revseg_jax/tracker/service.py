@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from revseg_jax.errors import InputError
-from revseg_jax.evaluation.metrics import j_and_f
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker import tracker_pb2_grpc
 from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipTooLarge, ClipWriter, Limits
@@ -90,10 +90,12 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             frames = list(range(clip.frames)) if not request.frames else _frames(request.frames, clip)
             column = {frame: n for n, frame in enumerate(frames)}
             truth = clip.truth(request.truth_id, frames)
-            j, f = np.zeros((2, len(prompts), len(frames)))
+            j, f = np.full((2, len(prompts), len(frames)), np.nan)
             for which, at, masks in self.engine.track(clip, prompts, frames):
                 columns = [column[frame] for frame in at]
-                j[which, columns], f[which, columns] = j_and_f(masks, truth[columns], contour=not request.skip_contour)
+                j[which, columns] = region_similarity(masks, truth[columns])
+                if not request.skip_contour:
+                    f[which, columns] = contour_accuracy(masks, truth[columns])
                 if not context.is_active():
                     raise _CallerGone
             scores = (
