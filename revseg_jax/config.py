@@ -83,6 +83,7 @@ class RolloutConfig:
     temperature: float = 1.0  # not stated in the paper
     top_p: float = 1.0
     top_k: int = 0  # 0 means off
+    resample_limit: int = 0  # batches drawn in place of groups without spread (DAPO's dynamic sampling); 0 means off
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,48 @@ class RewardsConfig:
     temporal_kind: str = "soft"  # none | binary | soft
     spatial_kind: str = "threshold"  # threshold (IoU > 0.5) | iou
     mask_kind: str = "j"  # j | jf
+    overlong_tokens: int = 0  # an answer loses reward over the last this many tokens of its limit (DAPO); 0 means off
+    overlong_penalty: float = 1.0  # what an answer that reaches its limit loses
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Read when learner.algorithm is ppo."""
+
+    critic: str = "trunk"  # trunk: a copy of the policy that learns by itself | head: a value head on the policy
+    learning_rate: float = 1e-5  # of the critic's own parameters
+    value_coefficient: float = 0.5  # of the value loss
+    value_clip: float = 0.2  # how far a value may move from the old one before it earns nothing; 0 means off
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    whiten: bool = True  # advantages to mean 0, deviation 1 over all tokens of a step
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    algorithm: str = "grpo"
+    algorithm: str = "grpo"  # grpo | ppo
+    advantage: str = "grpo"  # grpo: (r - mean) / std of the group | dr_grpo: r - mean | rloo: r - mean of the others
+    credit: str = "trajectory"  # trajectory: all tokens share the total | turn: each turn its rewards from there on
+    aggregation: str = "sequence_mean"  # of token losses: sequence_mean | token_mean | constant (the token limits)
+    ratio: str = "token"  # token | sequence (GSPO: the geometric mean of a rollout's token ratios)
+    epochs: int = 1  # passes over a step's rollouts
+    minibatches: int = 1  # optimiser steps a pass, over whole groups
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     clip_low: float = 0.2  # the ratio is 1 on-policy, so the clip only matters with several epochs
     clip_high: float = 0.2
-    kl_coefficient: float = 1e-3  # KL to the frozen reference, in the loss (k3 estimator)
+    dual_clip: float = 0.0  # limit of the ratio where the advantage is negative, above 1; 0 means off
+    importance_cap: float = 0.0  # truncated importance sampling between sampler and trainer; 0 trusts the sampler
+    kl: str = "loss"  # where KL to the frozen reference goes: loss | reward | off
+    kl_estimator: str = "k3"  # k1 | k2 | k3
+    kl_coefficient: float = 1e-3
+    entropy_coefficient: float = 0.0  # of the entropy bonus
     prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a step at once
     logprob_chunk: int = 512  # token positions whose vocabulary logits exist at a time
     freeze_vision: bool = False  # not stated in the paper
+    ppo: PPOConfig = field(default_factory=PPOConfig)
 
 
 @dataclass(frozen=True)
@@ -142,18 +170,21 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file (None: the defaults) and applies `key=value` overrides.
+def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, or several of which later ones win (None: the defaults), and applies `key=value` overrides.
 
     Raises InputError in one line: a missing or unreadable file, an unknown key, a value of the wrong type, or a
     combination of fields that cannot work.
     """
+    paths = [path] if isinstance(path, str | Path) else path or []
+    path = None  # the one being read
     try:
         tree = OmegaConf.structured(Config)
-        for node in (tree, *tree.values()):
+        for node in (tree, *tree.values(), tree.learner.ppo):
             OmegaConf.set_readonly(node, False)  # frozen dataclasses give read-only nodes, and merging writes
-        if path is not None:
+        for path in paths:
             tree = OmegaConf.merge(tree, OmegaConf.load(path))
+        path = paths[0] if len(paths) == 1 else None
         for override in overrides:
             if "=" not in override:
                 raise InputError(f"{override!r} is not an option of the form key=value")
@@ -180,7 +211,14 @@ def check(config: Config) -> None:
         ("rewards.temporal_kind", config.rewards.temporal_kind): ("none", "binary", "soft"),
         ("rewards.spatial_kind", config.rewards.spatial_kind): ("threshold", "iou"),
         ("rewards.mask_kind", config.rewards.mask_kind): ("j", "jf"),
-        ("learner.algorithm", config.learner.algorithm): ("grpo",),
+        ("learner.algorithm", config.learner.algorithm): ("grpo", "ppo"),
+        ("learner.advantage", config.learner.advantage): ("grpo", "dr_grpo", "rloo"),
+        ("learner.credit", config.learner.credit): ("trajectory", "turn"),
+        ("learner.aggregation", config.learner.aggregation): ("sequence_mean", "token_mean", "constant"),
+        ("learner.ratio", config.learner.ratio): ("token", "sequence"),
+        ("learner.kl", config.learner.kl): ("loss", "reward", "off"),
+        ("learner.kl_estimator", config.learner.kl_estimator): ("k1", "k2", "k3"),
+        ("learner.ppo.critic", config.learner.ppo.critic): ("trunk", "head"),
         ("policy.dtype", config.policy.dtype): ("float32", "bfloat16"),
         ("policy.param_dtype", config.policy.param_dtype): ("float32", "bfloat16"),
     }
@@ -193,18 +231,59 @@ def check(config: Config) -> None:
         "chain.frames": config.chain.frames,
         "chain.turn1_tokens": config.chain.turn1_tokens,
         "chain.turn2_tokens": config.chain.turn2_tokens,
+        "learner.epochs": config.learner.epochs,
+        "learner.minibatches": config.learner.minibatches,
     }
     for key, value in positive.items():
         if value < 1:
             raise InputError(f"{key}={value} must be at least 1")
+    prompts = config.rollout.prompts_per_step
     for key, part in (
         ("rollout.prompts_per_batch", config.rollout.prompts_per_batch),
-        ("learner.prompts_per_microbatch", config.learner.prompts_per_microbatch),
+        ("learner.minibatches", config.learner.minibatches),
     ):
-        if part and config.rollout.prompts_per_step % part:
-            raise InputError(f"{key}={part} must divide rollout.prompts_per_step={config.rollout.prompts_per_step}")
+        if part and prompts % part:
+            raise InputError(f"{key}={part} must divide rollout.prompts_per_step={prompts}")
+    micro, mini = config.learner.prompts_per_microbatch, prompts // config.learner.minibatches
+    if micro and mini % micro:
+        raise InputError(
+            f"learner.prompts_per_microbatch={micro} must divide rollout.prompts_per_step / learner.minibatches={mini}"
+        )
+    check_learner(config)
     if config.chain.frames % 2:
         raise InputError(f"chain.frames={config.chain.frames} must be even: the policy fuses frames in pairs")
+
+
+def check_learner(config: Config) -> None:
+    """The part of `check` that is about updates."""
+    learner, rewards = config.learner, config.rewards
+    for key, value in (
+        ("rollout.resample_limit", config.rollout.resample_limit),
+        ("rewards.overlong_tokens", rewards.overlong_tokens),
+        ("rewards.overlong_penalty", rewards.overlong_penalty),
+        ("learner.importance_cap", learner.importance_cap),
+        ("learner.entropy_coefficient", learner.entropy_coefficient),
+        ("learner.kl_coefficient", learner.kl_coefficient),
+        ("learner.ppo.value_clip", learner.ppo.value_clip),
+    ):
+        if value < 0:
+            raise InputError(f"{key}={value} must not be negative")
+    for key, value in (("discount", learner.ppo.discount), ("gae_lambda", learner.ppo.gae_lambda)):
+        if not 0 <= value <= 1:
+            raise InputError(f"learner.ppo.{key}={value} must lie between 0 and 1")
+    if learner.dual_clip and learner.dual_clip <= 1:
+        raise InputError(f"learner.dual_clip={learner.dual_clip} must be above 1, or 0 for none")
+    shortest = min(config.chain.turn1_tokens, config.chain.turn2_tokens)
+    if rewards.overlong_tokens > shortest:
+        raise InputError(
+            f"rewards.overlong_tokens={rewards.overlong_tokens} must not be above the shorter answer limit {shortest}"
+        )
+    if learner.algorithm == "grpo" and config.rollout.group_size < 2:
+        raise InputError("rollout.group_size=1: grpo compares the rollouts of a group and needs at least 2")
+    if learner.algorithm == "ppo":
+        for key, value in (("advantage", learner.advantage), ("credit", learner.credit)):
+            if value != getattr(LearnerConfig, key):
+                raise InputError(f"learner.{key}={value} is a choice of grpo: ppo estimates advantages with its critic")
 
 
 def to_yaml(config: object) -> str:
