@@ -59,6 +59,18 @@ def parser() -> Parser:
     configurable(command("train", run_train, "Post-train a policy; goes on when the run folder has a checkpoint."))
     configurable(command("evaluate", run_evaluate, "Score a policy on prepared clips."))
 
+    prepare = command("prepare", run_prepare, "Turn a downloaded dataset into clips that stream into training.")
+    prepare.add_argument("dataset", help="ref_youtube_vos, ref_davis17, mevis, revos, lv_vis, reason_vos, reason_seg, "
+                         "or synthetic")  # fmt: skip
+    prepare.add_argument("--source", help="the dataset's own folder, as it was downloaded")
+    prepare.add_argument("--out", required=True, help="new folder of array_record files")
+    prepare.add_argument("--split", action="append", default=[], help="may be repeated (default: all there are)")
+    prepare.add_argument("--strict", action="store_true", help="stop at the first problem in the data")
+    prepare.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    prepare.add_argument("--difficulty", default="easy", help="synthetic: easy, medium or hard")
+    prepare.add_argument("--clips", type=int, nargs=2, default=(400, 96), metavar=("TRAIN", "TEST"), help="synthetic")
+    prepare.add_argument("--seed", type=int, default=0, help="synthetic")
+
     segment = command("segment", run_segment, "Answer a question about a video with masks.")
     segment.add_argument("video", help="a video file or a folder of frames")
     segment.add_argument("query", help='such as "which vehicle suits a family outing?"')
@@ -75,7 +87,15 @@ def parser() -> Parser:
     sidecar.add_argument("--config", default="embedded")
     sidecar.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sidecar.add_argument("--threads", type=int, default=None)
+    sidecar.add_argument("--tls-certificate", metavar="PEM", help="serve TLS; with --check: the certificate to show")
+    sidecar.add_argument("--tls-key", metavar="PEM", help="key of that certificate")
+    sidecar.add_argument("--tls-client-ca", metavar="PEM", help="serve only clients with a certificate it signed")
+    sidecar.add_argument("--token-file", metavar="FILE", help="serve only calls with the bearer token in it")
+    sidecar.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS or token")
+    sidecar.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there")
     sidecar.add_argument("--check", action="store_true", help="exit 0 when a sidecar serves there, else 1")
+    sidecar.add_argument("--tls-ca", metavar="PEM", help="with --check: the authority of the sidecar's certificate")
+    sidecar.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # ends when that process is gone
 
     export = command("export", run_export, "Write a run's policy in Hugging Face layout.")
     export.add_argument("folder", metavar="RUN")
@@ -114,6 +134,19 @@ def run_evaluate(options: argparse.Namespace) -> None:
     evaluate.main(config)
 
 
+def run_prepare(options: argparse.Namespace) -> None:
+    from revseg_jax.data.prepare import prepare, summary_text
+    from revseg_jax.data.synthetic_builder import prepare_synthetic
+
+    if options.dataset == "synthetic":
+        prepared = prepare_synthetic(options.out, options.difficulty, *options.clips, seed=options.seed)
+    elif options.source is None:
+        raise InputError("--source is missing: the folder that holds the download")
+    else:
+        prepared = prepare(options.dataset, options.source, options.out, options.split, options.strict, options.workers)
+    print(summary_text(prepared, options.out))
+
+
 def run_segment(options: argparse.Namespace) -> None:
     from revseg_jax import segment
 
@@ -129,15 +162,33 @@ def run_segment(options: argparse.Namespace) -> None:
 
 
 def run_sidecar(options: argparse.Namespace) -> None:
+    from revseg_jax.tracker.security import TLS, ServerTLS, read_token
+
+    certificate = options.tls_certificate, options.tls_key
     if options.check:
         from revseg_jax.tracker.connection import check
 
-        sys.exit(0 if check(options.host, options.port) else 1)
+        tls = TLS(options.tls_ca, *certificate) if options.tls_ca else None
+        sys.exit(0 if check(options.host, options.port, tls=tls) else 1)
+    if options.tls_client_ca and certificate == (None, None):
+        raise InputError("--tls-client-ca needs --tls-certificate and --tls-key")
+    tls = ServerTLS(*certificate, options.tls_client_ca) if any(certificate) else None
+    token = read_token(options.token_file) if options.token_file else None
     from revseg_jax.tracker import sidecar
 
     sys.exit(
         sidecar.main(
-            options.host, options.port, options.checkpoint, options.config, options.device, threads=options.threads
+            options.host,
+            options.port,
+            options.checkpoint,
+            options.config,
+            options.device,
+            threads=options.threads,
+            parent=options.parent,
+            tls=tls,
+            token=token,
+            insecure=options.insecure,
+            metrics_port=options.metrics_port,
         )
     )
 

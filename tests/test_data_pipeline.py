@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import sys
@@ -189,21 +190,22 @@ def test_no_tensorflow(source):
 
 def test_preparing_again_reuses_or_refuses(folder):
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    fingerprint = prepare_synthetic(folder, "easy", TRAIN, TEST, SEED, progress=False)
-    assert fingerprint == read_prepared(folder)["fingerprint"]
+    assert prepare_synthetic(folder, "easy", TRAIN, TEST, SEED, progress=False) == read_prepared(folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     with pytest.raises(InputError, match="other settings"):
         prepare_synthetic(folder, "easy", TRAIN, TEST, SEED + 1, progress=False)
 
 
 def test_fingerprint_is_of_the_content(tmp_path, folder):
-    same = prepare_synthetic(tmp_path / "same", "easy", TRAIN, TEST, SEED, progress=False)
-    other = prepare_synthetic(tmp_path / "other", "easy", TRAIN, TEST, SEED + 1, progress=False)
+    same, other = (
+        prepare_synthetic(tmp_path / str(seed), "easy", TRAIN, TEST, seed, progress=False)["fingerprint"]
+        for seed in (SEED, SEED + 1)
+    )
     assert same == read_prepared(folder)["fingerprint"] != other
-    assert ClipSource([tmp_path / "same"], "train").fingerprints == [same]
+    assert ClipSource([tmp_path / str(SEED)], "train").fingerprints == [same]
 
 
-def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_folder_and_the_next_time_finishes(tmp_path, monkeypatch, folder):
     calls = []
 
     def full_disk(frame):
@@ -214,9 +216,12 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic_builder, "encode_frame", full_disk)
     with pytest.raises(RunFailure, match="No space left") as caught:
-        prepare_synthetic(tmp_path / "data", "easy", 5, 0, progress=False)
+        prepare_synthetic(tmp_path / "data", "easy", TRAIN, TEST, SEED, progress=False)
     assert "\n" not in str(caught.value) and str(tmp_path / "data") in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "data").exists()
+    monkeypatch.undo()
+    assert prepare_synthetic(tmp_path / "data", "easy", TRAIN, TEST, SEED, progress=False) == read_prepared(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_unwritable_place(tmp_path):
@@ -258,6 +263,7 @@ def some_record(**changes):
         "height": 4,
         "width": 4,
         "frames": [b"a", b"b"],
+        "frame_names": ["00000", "00005"],
         "objects": {"7": masks, "9": masks[::-1]},
         "expressions": [VideoExpression("0", "both", "x", (0, 1)), VideoExpression("1", "second", "x", (1,))],
     }
@@ -269,18 +275,21 @@ def test_records_share_objects_between_expressions():
     assert [rle is not None for rle in both.masks] == [True, True]
     assert [rle is not None for rle in second.masks] == [False, True]
     assert (second.query, second.expression_id, second.seconds) == ("second", "1", 0.8)
+    assert both.frame_names == ("00000", "00005")
 
 
 def test_bad_records():
     with pytest.raises(ValueError, match="1 masks for 2 frames"):
         some_record(objects={"7": [None]}, expressions=[])
+    with pytest.raises(ValueError, match="1 names for 2 frames"):
+        some_record(frame_names=["00000"])
     with pytest.raises(ValueError, match="not there"):
         some_record(expressions=[VideoExpression("0", "q", "x", (2,))])
 
 
 def test_every_field_counts_in_the_hash():
     def hash_of(record):
-        digest = prepared.hashlib.sha256()
+        digest = hashlib.sha256()
         hash_record(digest, record)
         return digest.hexdigest()
 
@@ -326,7 +335,7 @@ def test_short_clips_are_padded(source):
 
 
 def test_a_clip_without_frames_is_refused(source):
-    empty = Clip("v", "0", "q", "x", 4.0, 8, 8, (), ())
+    empty = Clip("v", "0", "q", "x", 4.0, 8, 8, (), (), ())
     with pytest.raises(InputError, match="no frames"):
         make_example(empty, 0, CHAIN)
 

@@ -27,6 +27,7 @@ class Clip:
     frames: tuple[bytes, ...] = field(repr=False)  # encoded images, as they came
     # COCO RLE {"size": [h, w], "counts": bytes}, union of the expression's objects; None = absent
     masks: tuple[dict | None, ...] = field(repr=False)
+    frame_names: tuple[str, ...] = field(repr=False)  # of the files they came from, without the ending
 
     @property
     def seconds(self) -> float:

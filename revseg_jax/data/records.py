@@ -14,6 +14,9 @@ import numpy as np
 
 from revseg_jax.data.clip import Clip, union
 
+# Masks that no expression names: pixels that are not scored, and everything that is an object.
+VOID, FOREGROUND = "void", "foreground"
+
 
 @dataclass(frozen=True)
 class VideoExpression:
@@ -21,6 +24,18 @@ class VideoExpression:
     query: str
     kind: str
     objects: tuple[int, ...]  # positions in the video's list of objects; the target is their union
+
+
+@dataclass(frozen=True)
+class VideoTruth:
+    """What predictions of a video are scored against. `objects` maps ids to one COCO RLE or None a frame."""
+
+    video_id: str
+    height: int
+    width: int
+    frame_names: tuple[str, ...]
+    objects: dict[str, list[dict | None]]
+    expressions: list[VideoExpression]
 
 
 def features():
@@ -35,6 +50,7 @@ def features():
             "height": np.int32,
             "width": np.int32,
             "frames": tfds.features.Sequence(text),
+            "frame_names": tfds.features.Sequence(text),
             "object_ids": tfds.features.Sequence(text),
             "masks": tfds.features.Sequence(text),  # COCO RLE counts, empty where the object is absent
             "expression_ids": tfds.features.Sequence(text),
@@ -52,6 +68,7 @@ def make_record(
     height: int,
     width: int,
     frames: Sequence[bytes],
+    frame_names: Sequence[str],
     objects: dict[str, Sequence[dict | None]],
     expressions: Sequence[VideoExpression],
 ) -> dict:
@@ -59,6 +76,8 @@ def make_record(
 
     Raises ValueError when an object has not one mask a frame or an expression names an object that is not there.
     """
+    if len(frame_names) != len(frames):
+        raise ValueError(f"{video_id}: {len(frame_names)} names for {len(frames)} frames")
     for name, masks in objects.items():
         if len(masks) != len(frames):
             raise ValueError(f"{video_id}: object {name} has {len(masks)} masks for {len(frames)} frames")
@@ -71,6 +90,7 @@ def make_record(
         "height": height,
         "width": width,
         "frames": list(frames),
+        "frame_names": [name.encode() for name in frame_names],
         "object_ids": [name.encode() for name in objects],
         "masks": [b"" if rle is None else bytes(rle["counts"]) for masks in objects.values() for rle in masks],
         "expression_ids": [expression.id.encode() for expression in expressions],
@@ -81,27 +101,49 @@ def make_record(
     }
 
 
-def clip_of(record: dict, expression: int) -> Clip:
-    """The Clip of one expression (by position) of a record."""
+def objects_of(record: dict) -> dict[str, list[dict | None]]:
+    """One COCO RLE or None a frame for each object of a record, by its id."""
     total, size = len(record["frames"]), [int(record["height"]), int(record["width"])]
-    ends = np.cumsum(record["expression_object_counts"])
-    start = int(ends[expression] - record["expression_object_counts"][expression])
-    objects = [int(position) for position in record["expression_objects"][start : ends[expression]]]
+    masks = [{"size": size, "counts": counts} if counts else None for counts in record["masks"]]
+    return {name.decode(): masks[o * total : (o + 1) * total] for o, name in enumerate(record["object_ids"])}
 
-    def rle(counts: bytes) -> dict | None:
-        return {"size": size, "counts": counts} if counts else None
 
-    masks = tuple(union([rle(record["masks"][o * total + t]) for o in objects]) for t in range(total))
+def expressions_of(record: dict) -> list[VideoExpression]:
+    ends = np.cumsum(record["expression_object_counts"], dtype=np.int64)
+    columns = (record[f"expression_{name}"] for name in ("ids", "queries", "kinds"))
+    return [
+        VideoExpression(*(text.decode() for text in texts), tuple(map(int, record["expression_objects"][start:end])))
+        for *texts, start, end in zip(*columns, [0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def truth_of(record: dict) -> VideoTruth:
+    return VideoTruth(
+        video_id=record["video_id"].decode(),
+        height=int(record["height"]),
+        width=int(record["width"]),
+        frame_names=tuple(name.decode() for name in record["frame_names"]),
+        objects=objects_of(record),
+        expressions=expressions_of(record),
+    )
+
+
+def clip_of(record: dict, position: int) -> Clip:
+    """The Clip of one expression (by position) of a record."""
+    expression, objects = expressions_of(record)[position], list(objects_of(record).values())
+    named = [objects[o] for o in expression.objects]
+    masks = tuple(union([of[t] for of in named]) for t in range(len(record["frames"])))
     return Clip(
         video_id=record["video_id"].decode(),
-        expression_id=record["expression_ids"][expression].decode(),
-        query=record["expression_queries"][expression].decode(),
-        kind=record["expression_kinds"][expression].decode(),
+        expression_id=expression.id,
+        query=expression.query,
+        kind=expression.kind,
         fps=float(record["fps"]),
-        height=size[0],
-        width=size[1],
+        height=int(record["height"]),
+        width=int(record["width"]),
         frames=tuple(record["frames"]),
         masks=masks,
+        frame_names=tuple(name.decode() for name in record["frame_names"]),
     )
 
 

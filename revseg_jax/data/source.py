@@ -9,7 +9,7 @@ import numpy as np
 
 from revseg_jax.data.clip import Clip
 from revseg_jax.data.prepared import read_prepared
-from revseg_jax.data.records import clip_of
+from revseg_jax.data.records import VideoTruth, clip_of, truth_of
 from revseg_jax.errors import InputError
 
 
@@ -49,8 +49,20 @@ class ClipSource:
     def __getitem__(self, index: int) -> Clip:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        video = int(np.searchsorted(self._ends, index, side="right"))
+        video = self.video_of(index)
         return clip_of(self._record(video), int(index - self._starts[video]))
+
+    @property
+    def videos(self) -> int:
+        return len(self._videos)
+
+    def video(self, number: int) -> VideoTruth:
+        """The masks and expressions of a video, by its position among all videos."""
+        return truth_of(self._record(number))
+
+    def video_of(self, index: int) -> int:
+        """The position of a pair's video."""
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_readers": {}, "_last": None}

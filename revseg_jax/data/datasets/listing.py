@@ -1,0 +1,85 @@
+"""What a download holds, before any frame or mask is read: videos, their files and expressions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from revseg_jax.errors import InputError
+
+Masks = list[dict | None]  # one COCO RLE a frame, None where the object is absent
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with the data. `cause` is one of a few words that are counted, `message` names file and id."""
+
+    cause: str
+    video: str
+    message: str
+    expression: str | None = None
+
+
+@dataclass(frozen=True)
+class ListedExpression:
+    id: str
+    query: str
+    kind: str  # the dataset's own type of query
+    objects: tuple[str, ...]  # ids; the target is their union
+    may_be_absent: bool = False  # no object is right: the query asks for something that is not there
+
+
+@dataclass(frozen=True)
+class ListedVideo:
+    """`read_masks(height, width)` gives each object's masks, or the Problem that it has. It must be picklable."""
+
+    id: str
+    frames: tuple[Path, ...]
+    expressions: tuple[ListedExpression, ...]
+    read_masks: Callable[[int, int], dict[str, Masks | Problem]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One split. `truth`: whether its masks are public; without, expressions have no objects. `fps` of the frames."""
+
+    videos: list[ListedVideo]
+    fps: float
+    truth: bool = True
+    problems: tuple[Problem, ...] = ()
+
+
+def no_masks(height: int, width: int) -> dict[str, Masks | Problem]:
+    """`read_masks` of a split whose truth is not public."""
+    return {}
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError when the file is missing or no JSON. Some published files are in Windows' code page."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: is --source the dataset's own folder?") from None
+    for encoding in ("utf-8", "cp1252"):
+        try:
+            return json.loads(content.decode(encoding))
+        except UnicodeDecodeError:
+            continue
+        except ValueError as error:
+            raise InputError(f"{path} is no JSON: {error}") from None
+    raise InputError(f"{path} is neither UTF-8 nor cp1252 text")
+
+
+def natural(name: str) -> tuple[int, int, str]:
+    """Sorting key: numbers by their value ("2" before "10"), then other names."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def as_list(value: Any) -> list:
+    """Ids stand as a list, a number or a text, depending on the dataset and the split."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

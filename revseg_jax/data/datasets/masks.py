@@ -1,0 +1,110 @@
+"""Masks as the datasets store them -> COCO RLEs: run lengths, palette images, one image an object, polygons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from pycocotools import mask as coco
+
+from revseg_jax.data.clip import encode_mask, union
+from revseg_jax.data.datasets.listing import Masks, Problem
+from revseg_jax.data.records import VOID
+from revseg_jax.errors import InputError
+
+VOID_PIXEL = 255  # of palette images: neither object nor background
+
+
+def run_length_masks(
+    video: str, objects: dict[str, list], frames: int, file: Path, height: int, width: int
+) -> dict[str, Masks | Problem]:
+    """From lists of COCO RLEs (compressed or not; null: absent; a list: the parts of one mask)."""
+    found: dict[str, Masks | Problem] = {}
+    for name, rles in objects.items():
+        try:
+            if len(rles) != frames:
+                raise InputError(f"{len(rles)} masks for {frames} frames")
+            found[name] = [_run_length_mask(rle, t, height, width) for t, rle in enumerate(rles)]
+        except InputError as error:
+            found[name] = Problem("bad mask", video, f"{file}: video {video}, annotation {name}: {error}")
+    return found
+
+
+def _run_length_mask(rle: dict | list | None, frame: int, height: int, width: int) -> dict | None:
+    if isinstance(rle, list):
+        return union([_run_length_mask(part, frame, height, width) for part in rle])
+    if rle is None:
+        return None
+    try:
+        size, counts = list(rle["size"]), rle["counts"]
+        if size != [height, width]:
+            raise InputError(f"the mask of frame {frame} is {size[1]}x{size[0]} pixels, the frame {width}x{height}")
+        if isinstance(counts, list):
+            if sum(counts) != height * width:
+                raise InputError(f"the runs of frame {frame} do not fill the mask")
+            rle = coco.frPyObjects(rle, height, width)
+        else:
+            rle = {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
+        return rle if coco.area(rle) else None
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise InputError(f"the mask of frame {frame} is no COCO RLE") from None
+
+
+def palette_masks(
+    video: str, files: Sequence[Path], objects: Sequence[str], height: int, width: int
+) -> dict[str, Masks | Problem]:
+    """From one image a frame whose pixel values are the objects' ids. Pixels of 255 become the object VOID."""
+    try:
+        images = [_image(file, height, width) for file in files]
+    except InputError as error:
+        return dict.fromkeys(objects, Problem("bad mask", video, str(error)))
+    found: dict[str, Masks | Problem] = {}
+    for name in objects:
+        if name.isdecimal() and 0 < int(name) < VOID_PIXEL:
+            found[name] = [encode_mask(image == int(name)) for image in images]
+        else:
+            found[name] = Problem("unknown object", video, f"video {video}: object {name!r} is no pixel value 1..254")
+    void = [encode_mask(image == VOID_PIXEL) for image in images]
+    return found | ({VOID: void} if any(void) else {})
+
+
+def image_masks(video: str, objects: dict[str, Sequence[Path]], height: int, width: int) -> dict[str, Masks | Problem]:
+    """From one image a frame and object; what is not 0 is the object."""
+    found: dict[str, Masks | Problem] = {}
+    for name, files in objects.items():
+        try:
+            found[name] = [encode_mask(_image(file, height, width) > 0) for file in files]
+        except InputError as error:
+            found[name] = Problem("bad mask", video, str(error))
+    return found
+
+
+def polygon_masks(
+    objects: dict[str, Sequence[Sequence[tuple[float, float]]]], height: int, width: int
+) -> dict[str, Masks | Problem]:
+    """From filled polygons [(x, y), ...] of a one-frame clip; an object is the union of its polygons."""
+    found: dict[str, Masks | Problem] = {}
+    for name, polygons in objects.items():
+        canvas = Image.new("1", (width, height))
+        draw = ImageDraw.Draw(canvas)
+        for polygon in polygons:
+            points = [(int(x), int(y)) for x, y in polygon]
+            draw.polygon(points, fill=1, outline=1) if len(points) > 1 else draw.point(points, fill=1)
+        found[name] = [encode_mask(np.asarray(canvas))]
+    return found
+
+
+def _image(file: Path, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width] of a palette or grey image; a coloured one is grey when all channels agree."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+    if pixels.shape != (height, width):
+        raise InputError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the frame {width}x{height}")
+    return pixels.astype(np.uint8)

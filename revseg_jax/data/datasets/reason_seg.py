@@ -1,0 +1,61 @@
+"""ReasonSeg: images as clips of one frame, targets as polygons, regions to be ignored as the object VOID.
+
+{train,val,test}/<image>.jpg with <image>.json beside it: "text", "shapes": [{"label", "points"}]
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from revseg_jax.data.datasets.listing import (
+    ListedExpression,
+    ListedVideo,
+    Listing,
+    Problem,
+    as_list,
+    natural,
+    read_json,
+)
+from revseg_jax.data.datasets.masks import polygon_masks
+from revseg_jax.data.records import VOID
+from revseg_jax.errors import InputError
+
+SPLITS = ("train", "val", "test")
+FPS = 1.0
+TARGET = "target"
+
+
+def meta_file(source: Path, split: str) -> Path:
+    """A split is there when its folder is."""
+    return source / split
+
+
+def read(source: Path, split: str) -> Listing:
+    images = sorted((source / split).glob("*.jpg"), key=lambda path: natural(path.stem))
+    if not images:
+        raise InputError(f"{source / split} holds no JPEG images: is --source the dataset's own folder?")
+    videos, problems = [], []
+    for image in images:
+        try:
+            videos.append(_image(image, read_json(image.with_suffix(".json"))))
+        except InputError as error:
+            problems.append(Problem("bad annotation", image.stem, str(error)))
+        except (KeyError, TypeError, AttributeError) as error:
+            message = f"{image.with_suffix('.json')} is no annotation of ReasonSeg: {error!r}"
+            problems.append(Problem("bad annotation", image.stem, message))
+    return Listing(videos, FPS, problems=tuple(problems))
+
+
+def _image(image: Path, annotation: dict) -> ListedVideo:
+    polygons: dict[str, list] = {}
+    for shape in annotation["shapes"]:
+        label = shape["label"].lower()
+        if "flag" not in label:  # a mark of the annotators
+            polygons.setdefault(VOID if "ignore" in label else TARGET, []).append(shape["points"])
+    objects = (TARGET,) if TARGET in polygons else ()
+    expressions = tuple(
+        ListedExpression(str(number), text, "reasoning", objects)
+        for number, text in enumerate(as_list(annotation["text"]))
+    )
+    return ListedVideo(image.stem, (image,), expressions, partial(polygon_masks, polygons))

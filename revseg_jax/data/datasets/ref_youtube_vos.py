@@ -1,0 +1,52 @@
+"""Ref-YouTube-VOS: one object an expression, named by its pixel value in palette images of every 5th frame.
+
+    meta_expressions/{train,valid[,test]}/meta_expressions.json   train/{JPEGImages,Annotations}   valid/JPEGImages
+
+The valid file lists the test videos as well; where the test file is there, its videos are taken away. The truth of
+valid is not public: a server scores it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from revseg_jax.data.datasets.listing import ListedExpression, ListedVideo, Listing, as_list, no_masks
+from revseg_jax.data.datasets.masks import palette_masks
+from revseg_jax.data.datasets.meta_expressions import expressions_of, frames_of, read_videos
+
+SPLITS = ("train", "valid")
+FPS = 6.0  # every 5th frame of 30 a second
+
+
+def meta_file(source: Path, split: str) -> Path:
+    return source / "meta_expressions" / split / "meta_expressions.json"
+
+
+def read(source: Path, split: str) -> Listing:
+    videos = palette_videos(source, split, truth=split == "train")
+    test = meta_file(source, "test")
+    if split == "valid" and test.exists():
+        hidden = set(read_videos(test))
+        videos = [video for video in videos if video.id not in hidden]
+    return Listing(videos, FPS, truth=split == "train")
+
+
+def palette_videos(source: Path, split: str, truth: bool) -> list[ListedVideo]:
+    listed = []
+    for name, video in read_videos(meta_file(source, split)).items():
+        expressions = tuple(
+            ListedExpression(
+                number,
+                expression["exp"],
+                "referring",
+                tuple(map(str, as_list(expression.get("obj_id")))) if truth else (),
+            )
+            for number, expression in expressions_of(video)
+        )
+        frames = frames_of(source / split / "JPEGImages" / name, video)
+        annotations = [source / split / "Annotations" / name / f"{frame.stem}.png" for frame in frames]
+        objects = list(dict.fromkeys(found for expression in expressions for found in expression.objects))
+        read_masks = partial(palette_masks, name, annotations, objects) if truth else no_masks
+        listed.append(ListedVideo(name, frames, expressions, read_masks))
+    return listed

@@ -1,0 +1,39 @@
+"""ReVOS: videos in nested folders, three types of expressions, and the masks of everything that is an object.
+
+JPEGImages/<source>/.../<video>   mask_dict.json   mask_dict_foreground.json   meta_expressions_{train_,valid_}.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from revseg_jax.data.datasets.listing import Listing, read_json
+from revseg_jax.data.datasets.meta_expressions import videos_with_mask_dict
+from revseg_jax.data.records import FOREGROUND
+
+SPLITS = ("train", "valid")
+FPS = 6.0  # from five sources; the files do not say
+KINDS = {0: "referring", 1: "reasoning", 2: "non-existent"}
+
+
+def meta_file(source: Path, split: str) -> Path:
+    return source / f"meta_expressions_{split}_.json"
+
+
+def read(source: Path, split: str) -> Listing:
+    masks = source / "mask_dict.json"
+    foreground = read_json(source / "mask_dict_foreground.json") if split == "valid" else {}
+    videos = videos_with_mask_dict(
+        meta_file(source, split),
+        source / "JPEGImages",
+        read_json(masks),
+        masks,
+        kind_of=lambda expression: KINDS.get(_type(expression), "unknown"),
+        absent=lambda expression: _type(expression) == 2,
+        extra_masks=lambda video: {FOREGROUND: foreground[video]["masks_rle"]} if video in foreground else {},
+    )
+    return Listing(videos, FPS)
+
+
+def _type(expression: dict) -> int:
+    return int(expression.get("type_id", 0))

@@ -1,0 +1,308 @@
+"""`revseg prepare` on small trees of the published layouts, on damaged ones, and killed in the middle."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dataset_trees as trees
+import numpy as np
+import pytest
+from dataset_trees import HEIGHT, MEVIS_OBJECTS, WIDTH
+
+from revseg_jax.cli import main
+from revseg_jax.data import writer
+from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.prepare import prepare
+from revseg_jax.data.prepared import read_prepared
+from revseg_jax.data.records import FOREGROUND, VOID
+from revseg_jax.data.source import ClipSource
+from revseg_jax.errors import InputError
+
+
+def prepared_clips(dataset: str, tree, tmp_path: Path, split: str, **options):
+    out = tmp_path / "out"
+    content = prepare(dataset, tree(tmp_path / "in"), out, [split], workers=1, progress=False, **options)
+    source = ClipSource([out], split)
+    return content, [source[i] for i in range(len(source))], source
+
+
+def union(*objects) -> list[np.ndarray]:
+    empty = np.zeros((HEIGHT, WIDTH), bool)
+    return [np.any([empty if mask is None else mask for mask in frame], 0) for frame in zip(*objects, strict=True)]
+
+
+def assert_masks(clip, expected: list[np.ndarray]) -> None:
+    assert (clip.height, clip.width) == (HEIGHT, WIDTH)
+    for t, mask in enumerate(expected):
+        np.testing.assert_array_equal(decode_mask(clip.masks[t], HEIGHT, WIDTH), mask)
+        assert (clip.masks[t] is None) == (not mask.any())
+
+
+def assert_frames(clip, folder: Path, names: list[str]) -> None:
+    """The bytes of the files, untouched, in the order of their names."""
+    assert clip.frame_names == tuple(names)
+    assert list(clip.frames) == [(folder / f"{name}.jpg").read_bytes() for name in names]
+
+
+def test_ref_youtube_vos(tmp_path):
+    content, clips, source = prepared_clips("ref_youtube_vos", trees.ref_youtube_vos, tmp_path, "train")
+    assert [clip.expression_id for clip in clips] == [str(n) for n in range(12)]  # not as texts: 0 1 10 11 2 ...
+    assert [clip.query for clip in clips[:3]] == ["thing 0", "thing 1", "thing 2"]
+    assert_frames(clips[0], tmp_path / "in/train/JPEGImages/0a1b", trees.YTVOS_NAMES)
+    assert_masks(clips[1], union(trees.YTVOS_OBJECTS[1]))
+    assert_masks(clips[10], union(trees.YTVOS_OBJECTS[2]))
+    assert clips[0].fps == 6 and content["truth"] == {"train": True}
+    summary = content["summary"]["train"]
+    assert (summary["videos"], summary["expressions"], summary["frames"], summary["objects"]) == (1, 12, 4, 2)
+
+
+def test_ref_youtube_vos_valid_is_valid_without_test(tmp_path):
+    content, clips, _ = prepared_clips("ref_youtube_vos", trees.ref_youtube_vos, tmp_path, "valid")
+    assert [clip.video_id for clip in clips] == ["val"] and content["truth"] == {"valid": False}
+    assert content["summary"]["valid"]["problems"] == {}
+
+
+def test_ref_davis17(tmp_path):
+    _, clips, source = prepared_clips("ref_davis17", trees.ref_davis17, tmp_path, "valid")
+    assert [clip.query for clip in clips] == [f"object {n // 4} by {n % 4}" for n in range(8)]
+    for n, clip in enumerate(clips):
+        assert_masks(clip, union(trees.DAVIS_OBJECTS[n // 4 + 1]))
+    void = source.video(0).objects[VOID]
+    assert decode_mask(void[0], HEIGHT, WIDTH).tolist() == trees.box(60, 20, 6).tolist()
+
+
+def test_mevis(tmp_path):
+    _, clips, source = prepared_clips("mevis", trees.mevis, tmp_path, "valid_u")
+    assert_masks(clips[0], union(MEVIS_OBJECTS["4"], MEVIS_OBJECTS["17"]))
+    assert_masks(clips[1], union(MEVIS_OBJECTS["23"]))
+    video = source.video(0)
+    assert list(video.objects) == ["4", "17", "23"] and video.objects["17"][1] is None
+    assert [e.objects for e in video.expressions] == [(0, 1), (2,)]
+
+
+def test_mevis_valid_has_no_truth(tmp_path):
+    content, clips, _ = prepared_clips("mevis", trees.mevis, tmp_path, "valid")
+    assert len(clips) == 2 and set(clips[0].masks) == {None}
+    assert content["truth"] == {"valid": False} and content["summary"]["valid"]["problems"] == {}
+
+
+def test_revos(tmp_path):
+    content, clips, source = prepared_clips("revos", trees.revos, tmp_path, "valid")
+    assert [clip.kind for clip in clips] == ["referring", "reasoning", "non-existent"]
+    assert clips[0].video_id == "OVIS/valid/3ba3"
+    assert_masks(clips[1], union(MEVIS_OBJECTS["4"], MEVIS_OBJECTS["17"]))
+    assert set(clips[2].masks) == {None}
+    everything = union(*MEVIS_OBJECTS.values())
+    for rle, mask in zip(source.video(0).objects[FOREGROUND], everything, strict=True):
+        np.testing.assert_array_equal(decode_mask(rle, HEIGHT, WIDTH), mask)
+    assert content["summary"]["valid"]["problems"] == {}
+
+
+@pytest.mark.parametrize("tree", [trees.lv_vis_by_visa, trees.lv_vis_official])
+def test_lv_vis(tmp_path, tree):
+    _, clips, _ = prepared_clips("lv_vis", tree, tmp_path, "train")
+    found = {clip.query: clip for clip in clips}
+    assert set(found) == {"horse", "cart" if tree is trees.lv_vis_by_visa else "toy cart"}
+    assert_masks(found["horse"], union(MEVIS_OBJECTS["4"], MEVIS_OBJECTS["17"]))
+    assert_masks(found[(set(found) - {"horse"}).pop()], union(MEVIS_OBJECTS["23"]))
+    assert clips[0].video_id == "00007"
+
+
+def test_reason_vos(tmp_path):
+    _, clips, _ = prepared_clips("reason_vos", trees.reason_vos, tmp_path, "test")
+    assert [(clip.expression_id, clip.query) for clip in clips] == [("2", "who wins?"), ("1", "who loses?")]
+    assert_masks(clips[0], union(MEVIS_OBJECTS["17"]))
+    assert_masks(clips[1], union(MEVIS_OBJECTS["4"]))
+
+
+def test_reason_seg(tmp_path):
+    _, clips, source = prepared_clips("reason_seg", trees.reason_seg, tmp_path, "val")
+    assert [(clip.video_id, clip.query) for clip in clips] == [
+        ("9", "the caf\u00e9\u2019s sign"),
+        ("12_a", "what keeps one warm?"),
+        ("12_a", "something of wool"),
+    ]
+    target = np.zeros((HEIGHT, WIDTH), bool)
+    target[4:21, 4:21] = target[10:19, 40:51] = True  # outlines belong to a polygon
+    assert len(clips[0].frames) == 1
+    assert_masks(clips[0], [target])
+    void = decode_mask(source.video(0).objects[VOID][0], HEIGHT, WIDTH)
+    assert void[30:41, 60:71].all() and void.sum() == 121
+
+
+def test_splits_that_are_there_are_taken(tmp_path):
+    content = prepare("mevis", trees.mevis(tmp_path / "in"), tmp_path / "out", workers=1, progress=False)
+    assert list(content["expressions"]) == ["train", "valid_u", "valid"]
+
+
+# --- bad data --------------------------------------------------------------------------------------------------------
+
+
+def damaged_mevis(root: Path) -> Path:
+    """Six videos, each with something of its own wrong, and one that is right."""
+    trees.mevis(root)
+    folder = root / "valid_u"
+    meta, masks = json.loads((folder / "meta_expressions.json").read_text()), {}
+    good = [trees.rle(mask) for mask in MEVIS_OBJECTS["4"]]
+    names = [f"{t:05d}" for t in range(4)]
+    videos = {"good": {"0": {"exp": "a", "anno_id": [1]}}}
+    masks["1"] = good
+    videos["no_frame"] = videos["bad_frame"] = videos["sizes"] = videos["good"]
+    videos["masks"] = {
+        "0": {"exp": "wrong size", "anno_id": [2]},
+        "1": {"exp": "too few", "anno_id": [3]},
+        "2": {"exp": "no object", "anno_id": []},
+        "3": {"exp": "unknown", "anno_id": [1, 99]},
+        "4": {"exp": " ", "anno_id": [1]},
+        "5": {"exp": "fine", "anno_id": [1]},
+    }
+    masks["2"] = [*good[:2], trees.rle(trees.box(1, 1, height=HEIGHT // 2)), None]
+    masks["3"] = good[:3]
+    for number, name in enumerate(videos):
+        trees.frames_in(folder / "JPEGImages" / name, names, seed=number)
+    (folder / "JPEGImages/no_frame/00002.jpg").unlink()
+    cut = folder / "JPEGImages/bad_frame/00001.jpg"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    (folder / "JPEGImages/sizes/00003.jpg").unlink()
+    trees.frames_in(folder / "other", ["x"], height=HEIGHT * 2)
+    (folder / "other/x.jpg").rename(folder / "JPEGImages/sizes/00003.jpg")
+    meta["videos"] = {name: {"expressions": e, "frames": names} for name, e in videos.items()}
+    (folder / "meta_expressions.json").write_text(json.dumps(meta))
+    (folder / "mask_dict.json").write_text(json.dumps(masks))
+    return root
+
+
+def test_bad_data_is_named_and_counted(tmp_path):
+    content, clips, _ = prepared_clips("mevis", damaged_mevis, tmp_path, "valid_u")
+    assert [(clip.video_id, clip.expression_id) for clip in clips] == [("good", "0"), ("masks", "5")]
+    summary = content["summary"]["valid_u"]
+    assert summary["videos"] == 2 and summary["skipped_videos"] == 3
+    assert summary["problems"] == {
+        "bad mask": 2,
+        "empty expression": 1,
+        "expression of a bad mask": 2,
+        "expression without objects": 1,
+        "frames of several sizes": 1,
+        "missing frame": 1,
+        "unknown object": 1,
+        "unreadable frame": 1,
+    }
+    lines = [json.loads(line) for line in (tmp_path / "out" / writer.PROBLEMS).read_text().splitlines()]
+    assert len(lines) == sum(summary["problems"].values())
+    messages = {line["cause"]: line["message"] for line in lines}
+    assert "JPEGImages/no_frame/00002.jpg" in messages["missing frame"]
+    assert "JPEGImages/bad_frame/00001.jpg" in messages["unreadable frame"]
+    assert "masks" in messages["unknown object"] and "99" in messages["unknown object"]
+    assert any("80x24" in line["message"] and "annotation 2" in line["message"] for line in lines)
+    assert any("3 masks for 4 frames" in line["message"] for line in lines)
+
+
+def test_strict_stops_at_the_first_problem(tmp_path):
+    with pytest.raises(InputError, match="00001.jpg is no readable JPEG"):
+        prepared_clips("mevis", damaged_mevis, tmp_path, "valid_u", strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_without_anything_usable_is_an_error(tmp_path):
+    root = trees.reason_vos(tmp_path / "in")
+    next((root / "JPEGImages/race").glob("*.jpg")).write_bytes(b"")
+    with pytest.raises(InputError, match="nothing usable.*00000.jpg|nothing usable.*no readable JPEG"):
+        prepare("reason_vos", root, tmp_path / "out", workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mevis", "--out", "{}/out"], "--source"),
+        (["mevis", "--source", "{}/nowhere", "--out", "{}/out"], "nowhere"),
+        (["mevis", "--source", "{}", "--out", "{}/out"], "does not look like mevis"),
+        (["mevis", "--source", "{}", "--out", "{}/out", "--split", "test"], "no split 'test'"),
+        (["mevis", "--source", "{}", "--out", "{}/out", "--split", "train"], "mask_dict.json: No such file"),
+        (["kinetics", "--source", "{}", "--out", "{}/out"], "kinetics is not one of"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", *(argument.format(tmp_path) for argument in arguments)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1
+
+
+def test_a_file_of_another_form_is_one_line(tmp_path):
+    trees.write_json(tmp_path / "in/train/meta_expressions.json", {"videos": {"a": {"frames": []}}})
+    trees.write_json(tmp_path / "in/train/mask_dict.json", {})
+    with pytest.raises(InputError, match="meta_expressions.json is not as mevis has it"):
+        prepare("mevis", tmp_path / "in", tmp_path / "out", ["train"], progress=False)
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def many_videos(root: Path, count: int) -> Path:
+    names = [f"{t:05d}" for t in range(4)]
+    masks = {str(v): [trees.rle(mask) for mask in trees.moving(4, v % 40, 3)] for v in range(count)}
+    expression = {"exp": "it", "obj_id": [0]}
+    videos = {f"{v:04d}": {"expressions": {"0": {**expression, "anno_id": [v]}}, "frames": names} for v in range(count)}
+    trees.write_json(root / "train/meta_expressions.json", {"videos": videos})
+    trees.write_json(root / "train/mask_dict.json", masks)
+    for v in range(count):
+        trees.frames_in(root / f"train/JPEGImages/{v:04d}", names, seed=v)
+    return root
+
+
+def test_killed_and_started_again(tmp_path, capsys):
+    """After SIGKILL there is no folder; the next start keeps the finished parts; the result is as if never stopped."""
+    root, out = many_videos(tmp_path / "in", 40), tmp_path / "out"
+    slow = "import os, time, revseg_jax.data.prepare as p\nb = p.build_record\n"
+    slow += "p.build_record = lambda *a: (time.sleep(0.05), b(*a))[1]\n"
+    slow += f"p.prepare('mevis', {str(root)!r}, {str(out)!r}, workers=1, progress=False)"
+    process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(finished := sorted(tmp_path.glob(".out.*.partial/part-*.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and len(finished) >= 2
+    stamps = {path: path.stat().st_mtime_ns for path in finished}
+    kept = []
+    write_part = writer._write_part
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            writer, "_write_part", lambda work, number, *rest: kept.append(number) or write_part(work, number, *rest)
+        )
+        main(["prepare", "mevis", "--source", str(root), "--out", str(out), "--workers", "1"])
+    assert not {int(path.stem.removeprefix("part-")) for path in stamps} & set(kept) and kept
+    whole = prepare("mevis", root, tmp_path / "whole", workers=1, progress=False)
+    assert read_prepared(out) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+    assert whole["fingerprint"] in capsys.readouterr().out
+
+
+def test_many_processes_write_the_same(tmp_path):
+    root = many_videos(tmp_path / "in", 20)
+    alone = prepare("mevis", root, tmp_path / "alone", workers=1, progress=False)
+    together = prepare("mevis", root, tmp_path / "together", workers=2, progress=False)
+    assert alone == together
+    a, b = (ClipSource([tmp_path / name], "train") for name in ("alone", "together"))
+    assert len(a) == 20 and all(a[i] == b[i] for i in range(20))
+
+
+def test_two_commands_at_once_are_refused(tmp_path):
+    root = trees.mevis(tmp_path / "in")
+    settings = {"dataset": "mevis", "version": 1, "source": str(root.resolve()), "splits": ["train"]}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    work = tmp_path / f".out.{digest}.partial"
+    work.mkdir()
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process"):
+            prepare("mevis", root, tmp_path / "out", ["train"], workers=1, progress=False)
