@@ -50,7 +50,9 @@ def parser() -> Parser:
         return sub
 
     def configurable(sub: argparse.ArgumentParser, default: str | None = None) -> None:
-        sub.add_argument("--config", default=default, help="YAML file (default: %(default)s)")
+        layers = "YAML file; given again, it is laid over the ones before"
+        sub.add_argument("--config", action="append", help=f"{layers} (default: {default or 'none'})")
+        sub.set_defaults(default_config=default)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, such as run.steps=100")
 
     demo = command("demo", run_demo, "Train and evaluate the tiny policy on synthetic clips and write a report.")
@@ -221,7 +223,7 @@ def run_make_assets(options: argparse.Namespace) -> None:
 def load(options: argparse.Namespace, first: list[str] = ()):
     from revseg_jax.config import load_config
 
-    return load_config(options.config, [*first, *options.overrides])
+    return load_config(options.config or options.default_config, [*first, *options.overrides])
 
 
 if __name__ == "__main__":

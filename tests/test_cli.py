@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from revseg_jax import config as configuration
-from revseg_jax.cli import main
+from revseg_jax.cli import load, main, parser
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
@@ -32,6 +32,7 @@ def failing(capsys, *arguments: str) -> tuple[int, str]:
         (["train", "--config", DEMO, "rollout.prompts_per_step=5", "rollout.prompts_per_batch=2"], "must divide"),
         (["train", "--config", DEMO, "nonsense"], "key=value"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config", DEMO, "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", DEMO, "policy.path=/nowhere", "data.train=[/nowhere]", "rewards.mask=0"], "/nowhere"),
         (["evaluate", "--config", DEMO, "data.test=[/nowhere]"], "/nowhere"),
         (["export", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
@@ -77,10 +78,56 @@ def test_the_demo_speaks_as_the_embedded_policy_was_taught():
     assert load_policy("embedded").chain == load_config(DEMO).chain
 
 
-@pytest.mark.parametrize("overrides", [["chain.frames=7"], ["rollout.group_size=0"], ["learner.algorithm=magic"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["chain.frames=7"],
+        ["rollout.group_size=0"],
+        ["rollout.group_size=1"],
+        ["rewards.overlong_tokens=31"],
+        ["learner.algorithm=magic"],
+        ["learner.advantage=best"],
+        ["learner.credit=token"],
+        ["learner.aggregation=sum"],
+        ["learner.ratio=group"],
+        ["learner.kl=both"],
+        ["learner.kl_estimator=k4"],
+        ["learner.dual_clip=0.9"],
+        ["learner.importance_cap=-1"],
+        ["learner.minibatches=3"],
+        ["learner.prompts_per_microbatch=4", "learner.minibatches=4"],
+        ["learner.ppo.critic=large"],
+        ["learner.ppo.gae_lambda=1.1"],
+        ["learner.credit=turn", "learner.algorithm=ppo"],
+    ],
+    ids="-".join,
+)
 def test_impossible_settings_are_refused(overrides):
-    with pytest.raises(InputError, match=overrides[0].split("=")[0]):
-        load_config(DEMO, overrides)
+    with pytest.raises(InputError, match=overrides[0].split("=")[0]) as stop:
+        load_config(DEMO, ["run.dir=somewhere", *overrides])
+    assert len(str(stop.value).splitlines()) == 1
+
+
+PRESETS = ("paper_text", "paper_curves", "dapo", "dr_grpo", "gspo", "ppo")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_change_what_they_name_and_nothing_else(preset):
+    """Laid over a config, only fields of the preset's own file differ from it."""
+    base, path = CONFIGS / "revseg_7b.yaml", CONFIGS / f"{preset}.yaml"
+    named = OmegaConf.load(path)
+    assert set(named) <= {"rollout", "rewards", "learner"}
+    layered = OmegaConf.create(configuration.to_yaml(load_config([base, path], ["run.dir=somewhere"])))
+    assert OmegaConf.merge(layered, named) == layered
+    alone = OmegaConf.create(configuration.to_yaml(load_config(base, ["run.dir=somewhere"])))
+    assert OmegaConf.merge(alone, named) == layered
+
+
+def test_every_command_lays_its_configs_over_each_other():
+    options = parser().parse_args(["demo", "--config", DEMO, "--config", str(CONFIGS / "demo_ppo.yaml"), "run.steps=7"])
+    config = load(options)
+    assert config.learner.algorithm == "ppo" and config.chain == load_config(DEMO).chain and config.run.steps == 7
+    assert load(parser().parse_args(["demo"])) == load_config(DEMO)
 
 
 def test_yaml_with_unknown_section_names_it(tmp_path):
