@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -59,7 +60,23 @@ def parser() -> Parser:
     demo.add_argument("--seed", type=int, default=0)
     configurable(demo, "configs/demo.yaml")
     configurable(command("train", run_train, "Post-train a policy; goes on when the run folder has a checkpoint."))
-    configurable(command("evaluate", run_evaluate, "Score a policy on prepared clips."))
+    evaluate = command("evaluate", run_evaluate, "Run a policy on benchmarks and score its masks.")
+    evaluate.add_argument("--policy", help="checkpoint folder in Hugging Face layout (policy.path)")
+    evaluate.add_argument("--tracker", help="SAM2 checkpoint (tracker.checkpoint)")
+    evaluate.add_argument("--tracker-config", help="config of that checkpoint (tracker.config)")
+    evaluate.add_argument("--data", action="append", default=[], help="prepared folder, or one that holds such")
+    evaluate.add_argument("--benchmarks", default="all", help="names with commas between (default: all with data)")
+    evaluate.add_argument("--out", required=True, help="folder for predictions and results; it is gone on with")
+    evaluate.add_argument("--sampled", action="store_true", help="draw answers as rollout.* says, not greedily")
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that score (default: one a core)")
+    configurable(evaluate)
+
+    score = command("score", run_score, "Score anybody's predictions: DIR/<video>/<expression>/<frame>.png.")
+    score.add_argument("predictions", metavar="DIR")
+    score.add_argument("--benchmark", required=True)
+    score.add_argument("--data", action="append", default=[], required=True, help="prepared folder of the benchmark")
+    score.add_argument("--submission", metavar="ZIP", help="check the files and write the zip for the server")
+    score.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
 
     prepare = command("prepare", run_prepare, "Turn a downloaded dataset into clips that stream into training.")
     prepare.add_argument("dataset", help="ref_youtube_vos, ref_davis17, mevis, revos, lv_vis, reason_vos, reason_seg, "
@@ -99,6 +116,10 @@ def parser() -> Parser:
     sidecar.add_argument("--tls-ca", metavar="PEM", help="with --check: the authority of the sidecar's certificate")
     sidecar.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # ends when that process is gone
 
+    verify = command("verify", run_verify, "Take a run's first steps again and compare them bit for bit.")
+    verify.add_argument("folder", metavar="RUN")
+    verify.add_argument("--steps", type=int, default=3)
+
     export = command("export", run_export, "Write a run's policy in Hugging Face layout.")
     export.add_argument("folder", metavar="RUN")
     export.add_argument("--out", required=True)
@@ -130,10 +151,22 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    config = load(options, ["run.dir=."])
+    named = {"policy.path": options.policy, "tracker.checkpoint": options.tracker}
+    named |= {"tracker.config": options.tracker_config}
+    config = load(options, ["run.dir=.", *(f"{key}={value}" for key, value in named.items() if value is not None)])
+    if options.data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=options.data))
     from revseg_jax import evaluate
 
-    evaluate.main(config)
+    if not options.config:
+        config = evaluate.spoken_chain(config, options.overrides)
+    evaluate.main(config, options.benchmarks.split(","), options.out, options.sampled, options.workers)
+
+
+def run_score(options: argparse.Namespace) -> None:
+    from revseg_jax import score
+
+    score.main(options.predictions, options.benchmark, options.data, options.submission, options.workers)
 
 
 def run_prepare(options: argparse.Namespace) -> None:
@@ -193,6 +226,12 @@ def run_sidecar(options: argparse.Namespace) -> None:
             metrics_port=options.metrics_port,
         )
     )
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    from revseg_jax import verify
+
+    verify.main(options.folder, options.steps)
 
 
 def run_export(options: argparse.Namespace) -> None:

@@ -1,11 +1,12 @@
 """A run's folder: what is written where, and how a run goes on after it was stopped.
 
-config.yaml  run.json  metrics.jsonl  evaluation.jsonl  tensorboard/  checkpoints/  traces/  report.html
+config.yaml  run.json  metrics.jsonl  digests.jsonl  evaluation.jsonl  tensorboard/  checkpoints/  traces/  report.html
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import platform
@@ -14,12 +15,12 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
-import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
+from revseg_jax.checkpoints import Checkpoints
 from revseg_jax.config import Config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
 
@@ -41,7 +42,7 @@ class RunFolder:
     """Opens `config.run.dir` for a training run, new or resumed.
 
     A resumed run must have the same config but for `run.steps` and the checkpoint settings. Raises InputError when it
-    has another one, RunFailure when the folder cannot be written.
+    has another one or when another process trains in the folder, RunFailure when the folder cannot be written.
     """
 
     def __init__(self, config: Config, fingerprints: list[str]):
@@ -49,19 +50,32 @@ class RunFolder:
         try:
             for name in ("traces", "checkpoints"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=config.run.keep_checkpoints, create=True)
-            self.checkpoints = ocp.CheckpointManager((self.path / "checkpoints").absolute(), options=options)
-            self.resumed_step = self.checkpoints.latest_step()
-            if self.resumed_step is not None:
+            self._lock = self._take_lock()
+            self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep_checkpoints)
+            self.resumes = self.checkpoints.latest_step() is not None
+            if self.resumes:
                 self._check_same(config)
             else:
-                (self.path / "metrics.jsonl").unlink(missing_ok=True)
+                self._forget_after(0)
             (self.path / "config.yaml").write_text(to_yaml(config))
             (self.path / "run.json").write_text(json.dumps(manifest(config, fingerprints), indent=2) + "\n")
-            self._forget_after(self.resumed_step or 0)
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=(self.resumed_step or 0) + 1)
         except OSError as error:
-            raise RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+            raise self._unwritable(error) from None
+        self._tensorboard: SummaryWriter | None = None
+
+    def _take_lock(self) -> IO[str]:
+        """The operating system lets go of it when the process ends, however it ends."""
+        file = open(self.path / "lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is training in {self.path}: wait for it or choose another run.dir"
+            ) from None
+        return file
+
+    def _unwritable(self, error: OSError) -> RunFailure:
+        return RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}")
 
     def _check_same(self, config: Config) -> None:
         old = (self.path / "config.yaml").read_text()
@@ -78,37 +92,57 @@ class RunFolder:
 
     def _forget_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that the run goes on from: those steps are taken again."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        for name in ("metrics.jsonl", "digests.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                path.write_text("".join(f"{line}\n" for line in kept))
+        for path in (self.path / "traces").glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+    def log(self, step: int, metrics: dict[str, float], digests: dict[str, str]) -> None:
+        """One line of metrics.jsonl and one of digests.jsonl. Raises RunFailure when they cannot be written."""
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        try:
+            for name, row in (("metrics", {"time": time.time(), **metrics}), ("digests", digests)):
+                with open(self.path / f"{name}.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step, **row}) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from None
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def write_traces(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        (self.path / "traces" / f"{name}.jsonl").write_text(lines)
-
-    def save(self, step: int, state: Any, iterator: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background: the train state's arrays and Grain's iterator state."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator))
-        self.checkpoints.save(step, args=items)
+        try:
+            (self.path / "traces" / f"{name}.jsonl").write_text(lines)
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, iterator state) of the newest checkpoint, placed like `state`."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self.checkpoints.restore(self.resumed_step, args=items)
-        return restored.state, restored.data
+        """(state, iterator state) of the newest sound checkpoint, placed like `state`; later log lines are dropped."""
+        step, state, iterator = self.checkpoints.restore(state)
+        self._forget_after(step)
+        return state, iterator
 
     def close(self) -> None:
-        self.checkpoints.wait_until_finished()
-        self.checkpoints.close()
-        self._tensorboard.close()
+        """Waits for the last checkpoint and lets go of the folder."""
+        try:
+            self.checkpoints.close()
+        finally:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self._lock.close()
+
+
+def _step_of(line: str) -> float:
+    """A line that was cut off by a crash counts as belonging to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
 
 
 def manifest(config: Config, fingerprints: list[str]) -> dict[str, Any]:

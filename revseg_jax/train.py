@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -14,14 +15,16 @@ from tqdm import tqdm
 from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
+from revseg_jax.digests import digest, parameter_digest
 from revseg_jax.errors import RunFailure
+from revseg_jax.interruption import Interruption, heed_sigterm
 from revseg_jax.learner.advantages import group_advantages
 from revseg_jax.learner.update import Learner, TrainState, make_optimizer
 from revseg_jax.parallel.mesh import batch_sharding
 from revseg_jax.parallel.sharding import tree_shardings
 from revseg_jax.rewards.scoring import collect_rewards, request_rewards
 from revseg_jax.rewards.total import RolloutReward, weights_from
-from revseg_jax.rollout.batch import concatenate
+from revseg_jax.rollout.batch import RolloutBatch, concatenate
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.loading import LoadedEngine, load_engine, prompts_of
 from revseg_jax.rollout.sampling import rollout_keys
@@ -44,18 +47,32 @@ def tracker_client(config: Config) -> Iterator[TrackerClient]:
 def main(config: Config) -> None:
     needs_tracker = weights_from(config.rewards).mask > 0
     with tracker_client(config) if needs_tracker else nullcontext() as client:
-        train(config, load_engine(config), client)
+        state = train(config, load_engine(config), client)
+    print(f"step {int(state.step)} of {config.run.steps}: parameters {parameter_digest(state.trained)}")
 
 
 def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) -> TrainState:
-    """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one."""
-    # ---- Data and run folder --------------------------------------------------------------------------------------
+    """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one.
+
+    On SIGTERM the current phase is finished, the rest of its step given up, and the last whole step saved.
+    """
     source = ClipSource(config.data.train, config.data.train_split)
+    with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints)) as run:
+        return run_steps(config, loaded, client, source, run, interruption)
+
+
+def run_steps(
+    config: Config,
+    loaded: LoadedEngine,
+    client: TrackerClient | None,
+    source: ClipSource,
+    run: RunFolder,
+    interruption: Interruption,
+) -> TrainState:
     steps = training_steps(
         source, config.chain, config.rollout.prompts_per_step, config.run.seed, workers=config.data.workers
     )
     data = iter(steps)
-    run = RunFolder(config, source.fingerprints)
 
     # ---- State: a fresh one, or the newest checkpoint's -------------------------------------------------------------
     learner = Learner(loaded.engine.graphdef, config.learner, make_optimizer(config.learner))
@@ -63,13 +80,14 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     reference = loaded.trained
     state = learner.init(jax.tree.map(lambda x: x.copy(), loaded.trained))
     state = jax.device_put(state, tree_shardings(state, loaded.mesh))
-    if run.resumed_step is not None:
+    if run.resumes:
         state, iterator = run.restore(state)
         data.set_state(iterator)
     place = batch_sharding(loaded.mesh)
 
     # ---- The loop -------------------------------------------------------------------------------------------------
-    first = int(state.step)
+    first = done = saved = int(state.step)
+    position = data.get_state()  # behind the last whole step
     bar = tqdm(range(first, config.run.steps), initial=first, total=config.run.steps, desc="train", unit="step")
     for step in bar:
         clock = Clock()
@@ -88,6 +106,8 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
             pending.append(request_rewards(client, config.rewards, batch, begin, chains))
         rollouts = jax.device_put(concatenate(parts), place)
         clock.lap("rollout")
+        if interruption.requested:
+            break
 
         # The reference needs no rewards: it runs while the sidecar works.
         reference_logprobs = learner.reference_logprobs(reference, loaded.frozen, rollouts)
@@ -95,6 +115,8 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
         clock.lap("reference")
         rewards = [row for waiting in pending for row in collect_rewards(config.rewards, batch, waiting)]
         clock.lap("reward_wait")
+        if interruption.requested:
+            break
 
         advantages = group_advantages(np.array([[reward.total for reward in row] for row in rewards]))
         state, metrics = learner.update(
@@ -108,14 +130,20 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
         chains = [row for waiting in pending for row in waiting.chains]
         metrics |= step_metrics(chains, rewards) | clock.seconds
         metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
-        done = step + 1
-        run.log(done, metrics)
+        done, position = step + 1, data.get_state()
+        run.log(done, metrics, step_digests(batch, rollouts, rewards, metrics))
         bar.set_postfix({name: f"{metrics[f'reward/{name}']:.2f}" for name in ("total", "temporal", "spatial")})
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
             run.write_traces(f"step_{done:06d}", step_traces(config, batch, chains, rewards, done))
         if done % config.run.checkpoint_every == 0 or done == config.run.steps:
-            run.save(done, state, data.get_state())
-    run.close()
+            run.checkpoints.save(done, state, position)
+            saved = done
+        if interruption.requested:
+            break
+    if done > saved:
+        run.checkpoints.save(done, state, position)
+    if done < config.run.steps:
+        print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
 
 
@@ -145,6 +173,19 @@ def step_metrics(chains: list[list[Rollout]], rewards: list[list[RolloutReward]]
         "rollout/turns": float(np.mean([reward.turns for reward in flat_rewards])),
         "rollout/tokens": float(np.mean([chain.tokens for chain in flat_chains])),
         "rollout/truncated": float(np.mean([chain.truncated for chain in flat_chains])),
+    }
+
+
+def step_digests(
+    batch: Batch, rollouts: RolloutBatch, rewards: list[list[RolloutReward]], metrics: dict[str, float]
+) -> dict[str, str]:
+    """One digest for each of `revseg_jax.digests.STAGES`."""
+    update = {name: value for name, value in metrics.items() if name.startswith("learner/")}
+    return {
+        "data": digest([batch.index, batch.video_id, batch.query, batch.frames]),
+        "tokens": digest([rollouts.tokens, rollouts.mask]),
+        "rewards": digest([rewards]),
+        "update": digest([sorted(update.items())]),
     }
 
 

@@ -47,9 +47,8 @@ class ExampleMaker:
         mask bool and trained bool (the token is part of an answer); and `image_*` labels for the auxiliary losses (see
         `patch_labels`). Where the video is shown also frames uint8 [N, S, S, 3] and their `video_*` labels."""
         rng = np.random.default_rng([self.seed, index])
-        scene = render(int(rng.integers(1 << 40)), self.difficulty, "train")
-        sampled = sample_frames(len(scene.frames), self.chain.frames)
-        seen = view(scene, sampled)
+        seen = self.draw_view(rng)
+        scene, sampled = seen.scene, seen.sampled
         talks = conversations(rng, seen, self.chain, *self.suffixes)
         images = [talk.image_frame or 0 for talk in talks[: self.suffixes[0] + self.suffixes[1]]]
         packed = [self.pack(talk) for talk in talks]
@@ -68,6 +67,14 @@ class ExampleMaker:
             example["frames"] = np.stack([resize_square(scene.frames[t], self.chain.frame_size) for t in sampled])
             example |= patch_labels(seen, np.arange(len(sampled)), self.chain.frame_size // patch, merge, "video")
         return example
+
+    def draw_view(self, rng: np.random.Generator) -> View:
+        """A scene of which something can be seen: now and then the wall hides everything in all sampled frames."""
+        while True:
+            scene = render(int(rng.integers(1 << 40)), self.difficulty, "train")
+            seen = view(scene, sample_frames(len(scene.frames), self.chain.frames))
+            if seen.visible.any():
+                return seen
 
     @property
     def shows_video(self) -> bool:

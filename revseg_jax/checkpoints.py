@@ -1,0 +1,77 @@
+"""A run's Orbax checkpoints: written in the background, complete or not at all, read back from the newest sound one."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from revseg_jax.errors import RunFailure
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, of which the newest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder.absolute()
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, iterator: dict[str, Any]) -> None:
+        """Writes the train state's arrays and Grain's iterator state while the run goes on.
+
+        Raises RunFailure when this or the previous checkpoint could not be written; older ones stay as they are.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator))
+        try:
+            self._manager.save(step, args=items)
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from error
+
+    def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, iterator state) of the newest checkpoint that can be read, placed like `state`.
+
+        A damaged one (a disk that filled up, a file cut short) is named on stderr and set aside under `damaged/`.
+        Raises RunFailure when none is left.
+        """
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        problem = None
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(step, args=items)
+                return step, restored.state, restored.data
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                problem = str(error).splitlines()[0]
+                print(f"revseg: warning: checkpoint {self.folder / str(step)} is damaged: {problem}", file=sys.stderr)
+                self._set_aside(step)
+        raise RunFailure(f"no checkpoint in {self.folder} can be read ({problem}): delete the run folder to start anew")
+
+    def _set_aside(self, step: int) -> None:
+        """The step is going to be saved again: its damaged folder makes room but is not deleted."""
+        self._manager.close()
+        aside = self.folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        shutil.move(self.folder / str(step), aside / str(step))
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+    def close(self) -> None:
+        """Waits for what is still being written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from error
+        finally:
+            self._manager.close()
+
+    def _not_written(self, error: Exception) -> RunFailure:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return RunFailure(f"cannot write a checkpoint into {self.folder}: {first}; the previous one is intact")

@@ -1,0 +1,50 @@
+"""`revseg verify`: takes the first steps of a run again and says whether they come out the same, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+from revseg_jax.config import load_config
+from revseg_jax.digests import STAGES
+from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.rewards.total import weights_from
+from revseg_jax.rollout.loading import load_engine
+from revseg_jax.train import tracker_client, train
+
+
+def main(run: str, steps: int) -> None:
+    """Prints one line when the first `steps` steps are the same; else raises RunFailure that names the first step and
+    stage (data, tokens, rewards, update) that differ."""
+    folder = Path(run)
+    recorded = read_digests(folder)
+    steps = min(steps, len(recorded))
+    if steps < 1:
+        raise InputError(f"{folder} has no digests.jsonl with finished steps: there is nothing to compare with")
+    config = load_config(folder / "config.yaml")
+    with tempfile.TemporaryDirectory() as again:
+        only = dataclasses.replace(config.run, dir=again, steps=steps, checkpoint_every=steps, traces_every=0)
+        config = dataclasses.replace(config, run=only)
+        with tracker_client(config) if weights_from(config.rewards).mask > 0 else nullcontext() as client:
+            train(config, load_engine(config), client)
+        difference = first_difference(recorded[:steps], read_digests(Path(again)))
+    if difference:
+        raise RunFailure(f"{folder} does not repeat: {difference}")
+    print(f"{folder}: {steps} steps repeat bit for bit ({', '.join(STAGES)})")
+
+
+def read_digests(folder: Path) -> list[dict]:
+    path = folder / "digests.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def first_difference(one: list[dict], other: list[dict]) -> str | None:
+    """Where two runs' digests part, in words, or None when they do not."""
+    for a, b in zip(one, other, strict=True):
+        for stage in STAGES:
+            if a[stage] != b[stage]:
+                return f"the first difference is in step {a['step']}, {stage}"
+    return None
