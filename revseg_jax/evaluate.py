@@ -1,24 +1,106 @@
-"""`revseg evaluate`: the whole chain on held-out clips."""
+"""`revseg evaluate`: a policy on the benchmarks. Read it from top to bottom."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from revseg_jax.config import Config
-from revseg_jax.data.source import ClipSource
-from revseg_jax.evaluation.held_out import Evaluation, evaluate_policy
+from revseg_jax.data.prepared import read_prepared
+from revseg_jax.errors import InputError
+from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
+from revseg_jax.evaluation.predict import PREDICTIONS, predict
+from revseg_jax.evaluation.protocols import Row, rows_of
+from revseg_jax.evaluation.scoring import score_benchmark
+from revseg_jax.evaluation.submission import write_submission
+from revseg_jax.evaluation.table import markdown, terminal
+from revseg_jax.policy.checkpoint import read_chain, resolve_folder
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
 
+SETTINGS, RESULTS = "settings.json", "results.json"
 
-def main(config: Config) -> Evaluation:
-    """Evaluates `policy.path` on `data.test` and prints the scores as one JSON object."""
-    source = ClipSource(config.data.test, config.data.test_split)
+
+def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = False, workers: int = 0) -> list[Row]:
+    """Runs `policy.path` on the benchmarks whose prepared folders are in `data.test`, or lie in folders named there.
+
+    benchmarks: names, or ["all"] for all whose data is there. sampled: draws answers as `rollout.*` says instead of
+    taking the likeliest tokens. Writes <out>/<benchmark>/{predictions,chains.jsonl[,submission.zip]}, results.json and
+    results.md; a second call goes on where the first was stopped. workers: processes that score, 0 takes all cores.
+    """
+    data = find_data(list(config.data.test), list(benchmarks))
+    folder = Path(out)
+    settings = _settings_with(folder, _settings(config, sampled, data))
     loaded = load_engine(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    engine = loaded.engine if sampled else loaded.greedy
+    failures: dict[str, Counter[str]] = {}
     with tracker_client(config) as client:
-        evaluation, _ = evaluate_policy(
-            loaded.greedy, (loaded.trained, loaded.frozen), source, config, client, "policy"
-        )
-    print(json.dumps(dataclasses.asdict(evaluation)))
-    return evaluation
+        for name, path in data.items():
+            params = loaded.trained, loaded.frozen
+            failures[name] = predict(BENCHMARKS[name], path, folder / name, engine, params, client, config.run.seed)
+
+    rows: list[Row] = []
+    for name, path in data.items():
+        benchmark, predictions = BENCHMARKS[name], folder / name / PREDICTIONS
+        if benchmark.server is not None:
+            write_submission(benchmark, path, predictions, folder / name / "submission.zip")
+        if read_prepared(path)["truth"][benchmark.split]:
+            rows += rows_of(benchmark, score_benchmark(benchmark, path, predictions, workers))
+        else:
+            rows.append(Row(benchmark.title, None, None, None, f"a server scores {name}/submission.zip", 0, 0, {}))
+    _write_results(folder, rows, failures)
+    print(terminal(rows))
+    for name, causes in failures.items():
+        for cause, count in causes.most_common():
+            print(f"{name}: {count} chains failed, {cause}")
+    print(f"written: {folder / RESULTS}, {folder / 'results.md'}")
+    return rows
+
+
+def spoken_chain(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with the chain of the policy's own chain.yaml, where it has one, but for `chain.*=` overrides."""
+    spoken = read_chain(resolve_folder(config.policy.path))
+    if spoken is None:
+        return config
+    named = [text.partition("=")[0].removeprefix("chain.") for text in overrides if text.startswith("chain.")]
+    changed = {name: getattr(config.chain, name) for name in named}
+    return dataclasses.replace(config, chain=dataclasses.replace(spoken, **changed))
+
+
+def _settings(config: Config, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:
+    """All that decides a prediction. The data by its content: folders may be moved."""
+    settings = {
+        "policy": dataclasses.asdict(config.policy),
+        "chain": dataclasses.asdict(config.chain),
+        "tracker": [config.tracker.checkpoint, config.tracker.config, list(config.tracker.endpoints)],
+        "sampling": dataclasses.asdict(config.rollout) | {"seed": config.run.seed} if sampled else "greedy",
+        "data": {name: read_prepared(path)["fingerprint"] for name, path in data.items()},
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _settings_with(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """With those of the folder, which must agree: predictions of two policies must not be mixed."""
+    path = folder / SETTINGS
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = [key for key in settings if key != "data" and old.get(key) != settings[key]]
+        changed += [name for name, content in settings["data"].items() if old["data"].get(name, content) != content]
+        if changed:
+            raise InputError(f"{folder} holds predictions of another {', '.join(changed)}: choose another --out")
+        return settings | {"data": old["data"] | settings["data"]}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
+    return settings
+
+
+def _write_results(folder: Path, rows: Sequence[Row], failures: dict[str, Counter[str]]) -> None:
+    content = {"rows": [dataclasses.asdict(row) for row in rows], "failures": failures}
+    (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "results.md").write_text(markdown(rows))

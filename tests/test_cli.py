@@ -34,7 +34,7 @@ def failing(capsys, *arguments: str) -> tuple[int, str]:
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", DEMO, "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", DEMO, "policy.path=/nowhere", "data.train=[/nowhere]", "rewards.mask=0"], "/nowhere"),
-        (["evaluate", "--config", DEMO, "data.test=[/nowhere]"], "/nowhere"),
+        (["evaluate", "--config", DEMO, "--out", "/tmp/x", "data.test=[/nowhere]"], "/nowhere"),
         (["export", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
         (["report", "/nowhere"], "/nowhere"),
         (["fly"], "fly"),

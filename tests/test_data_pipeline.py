@@ -162,11 +162,12 @@ def test_round_trip(source):
         boxes, _ = boxes_and_areas(clip.masks, 128, 128)
         np.testing.assert_array_equal(boxes, scene.boxes[:, expression.target])
         pairs += 1
-    assert pairs == sum(read_prepared(source.folders[0])["expressions"]["train"]) > 3 * TRAIN
+    assert pairs == read_prepared(source.folders[0])["summary"]["train"]["expressions"] > 3 * TRAIN
 
 
 def test_source_order_and_bounds(folder, source):
     seen = [(source[i].video_id, int(source[i].expression_id)) for i in range(len(source))]
+    assert [(video, int(expression)) for video, expression in source.ids()] == seen
     assert seen == sorted(seen) and len({video for video, _ in seen}) == TRAIN
     backwards = [(source[i].video_id, int(source[i].expression_id)) for i in reversed(range(len(source)))]
     assert backwards == seen[::-1]

@@ -26,7 +26,7 @@ class ClipSource:
         self.folders, self.split = [str(folder) for folder in folders], split
         self.fingerprints: list[str] = []
         videos: list[tuple[int, int]] = []  # (folder, record) of each video
-        counts: list[int] = []
+        self._ids: list[tuple[str, list[str]]] = []  # of each video: its id, its expressions' ids
         for number, folder in enumerate(self.folders):
             prepared = read_prepared(folder)
             if split not in prepared["expressions"]:
@@ -34,8 +34,9 @@ class ClipSource:
                 raise InputError(f"{folder} has no split {split!r}, only {there}")
             expressions = prepared["expressions"][split]
             videos += [(number, record) for record in range(len(expressions))]
-            counts += expressions
+            self._ids += expressions
             self.fingerprints.append(prepared["fingerprint"])
+        counts = [len(ids) for _, ids in self._ids]
         self._videos, self._ends = videos, np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - counts
         if len(self) == 0:
@@ -49,7 +50,7 @@ class ClipSource:
     def __getitem__(self, index: int) -> Clip:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        video = self.video_of(index)
+        video = int(np.searchsorted(self._ends, index, side="right"))
         return clip_of(self._record(video), int(index - self._starts[video]))
 
     @property
@@ -60,9 +61,9 @@ class ClipSource:
         """The masks and expressions of a video, by its position among all videos."""
         return truth_of(self._record(number))
 
-    def video_of(self, index: int) -> int:
-        """The position of a pair's video."""
-        return int(np.searchsorted(self._ends, index, side="right"))
+    def ids(self) -> list[tuple[str, str]]:
+        """(video, expression) of every pair, without reading any record."""
+        return [(video, expression) for video, expressions in self._ids for expression in expressions]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_readers": {}, "_last": None}

@@ -44,10 +44,10 @@ class Part:
 
 @dataclass(frozen=True)
 class PartReport:
-    """What a finished part holds. `expressions` and `hashes` have one entry a record."""
+    """What a finished part holds. `expressions` and `hashes` have one entry a record: [video, [expressions]] by id."""
 
     key: str
-    expressions: list[int]
+    expressions: list[list]
     hashes: list[str]
     frames: int
     objects: int
@@ -177,7 +177,8 @@ def _write_part(
                 digest = hashlib.sha256()
                 hash_record(digest, record)
                 hashes.append(digest.hexdigest())
-                expressions.append(len(record["expression_ids"]))
+                ids = [name.decode() for name in record["expression_ids"]]
+                expressions.append([record["video_id"].decode(), ids])
                 frames, objects = frames + len(record["frames"]), objects + len(record["object_ids"])
             tick()
     finally:
@@ -205,14 +206,14 @@ def _summarise(
         of = [report for part, report in zip(parts, reports, strict=True) if part.split == split]
         digest.update(f"split {split};".encode())
         digest.update("".join(value for report in of for value in report.hashes).encode())
-        expressions[split] = [count for report in of for count in report.expressions]
+        expressions[split] = [video for report in of for video in report.expressions]
         if not expressions[split]:
             raise InputError(f"the split {split!r} of {name} holds nothing usable: {_first_message(of, first[split])}")
         causes = Counter(problem.cause for problem in first[split])
         causes.update(problem["cause"] for report in of for problem in report.problems)
         summary[split] = {
             "videos": len(expressions[split]),
-            "expressions": sum(expressions[split]),
+            "expressions": sum(len(ids) for _, ids in expressions[split]),
             "frames": sum(report.frames for report in of),
             "objects": sum(report.objects for report in of),
             "skipped_videos": sum(report.skipped_videos for report in of),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +10,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from revseg_jax.config import ChainConfig, Config
+from revseg_jax.config import Config
 from revseg_jax.data.clip import Clip, decode_mask, encode_mask
-from revseg_jax.data.pipeline import Batch, make_example, stack
 from revseg_jax.data.source import ClipSource
+from revseg_jax.evaluation.chains import answers, track, tracker_prompts
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.rewards.temporal import best_constant_keyframe, random_visible_keyframe
 from revseg_jax.rewards.total import RolloutReward, score_rollout
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
-from revseg_jax.rollout.loading import prompts_of
-from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.tracker.client import TrackerClient
 
-BATCH = 16  # prompts sampled together
 THUMBNAILS = 8  # frames shown of a chain in the report
 
 
@@ -75,8 +71,8 @@ def evaluate_policy(
     rows, traces, areas = [], [], []
     bar = tqdm(total=len(chosen), desc=f"evaluate {label}", unit="chain")
     with ThreadPoolExecutor(2) as pool:
-        for clips, batch, chains in _answers(engine, params, source, chosen, chain):
-            tracked = pool.map(lambda pair: _track(client, *pair), _prompts(clips, batch, chains))
+        for clips, batch, chains in answers(engine, params, source, chosen, chain):
+            tracked = pool.map(lambda pair: track(client, *pair), tracker_prompts(clips, batch, chains))
             for b, masks in enumerate(tracked):
                 rollout, count = chains[b], int(batch.frame_count[b])
                 truth = np.stack([decode_mask(m, clips[b].height, clips[b].width) for m in clips[b].masks])
@@ -104,32 +100,6 @@ def evaluate_policy(
                 bar.update()
     bar.close()
     return _summary(rows, areas), traces
-
-
-def _answers(
-    engine: RolloutEngine, params: Any, source: ClipSource, chosen: Sequence[int], chain: ChainConfig
-) -> Iterator[tuple[list[Clip], Batch, list[Rollout]]]:
-    for start in range(0, len(chosen), BATCH):
-        indices = [int(i) for i in chosen[start : start + BATCH]]
-        # The last batch is filled up, so that one compiled program serves all.
-        filled = indices + indices[:1] * (BATCH - len(indices))
-        clips = [source[i] for i in filled]
-        batch = stack([make_example(clip, i, chain) for i, clip in zip(filled, clips, strict=True)])
-        _, chains = engine.sample(params, prompts_of(batch), rollout_keys(0, 0, batch.index, 1))
-        yield clips[: len(indices)], batch, [row[0] for row in chains[: len(indices)]]
-
-
-def _prompts(clips: list[Clip], batch: Batch, chains: list[Rollout]):
-    for b, rollout in enumerate(chains):
-        keyframe = int(batch.sampled[b, rollout.turn1.frame_idx]) if rollout.ok else None
-        yield clips[b], (keyframe, rollout.box) if rollout.ok else None
-
-
-def _track(client: TrackerClient | None, clip: Clip, prompt: tuple | None) -> np.ndarray:
-    """Masks bool [T, H, W] on every frame of the clip; empty ones for a failed chain."""
-    if client is None or prompt is None:
-        return np.zeros((len(clip.frames), clip.height, clip.width), bool)
-    return client.track(clip.frames, [prompt])[0]
 
 
 def _summary(rows: list[tuple[str, float, float, RolloutReward]], areas: list[np.ndarray]) -> Evaluation:

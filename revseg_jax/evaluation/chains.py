@@ -1,0 +1,62 @@
+"""The whole chain on clips of a source: answers in batches, then a mask for every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from revseg_jax.config import ChainConfig
+from revseg_jax.data.clip import Clip
+from revseg_jax.data.pipeline import Batch, make_example, stack
+from revseg_jax.data.source import ClipSource
+from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.engine import RolloutEngine
+from revseg_jax.rollout.loading import prompts_of
+from revseg_jax.rollout.sampling import rollout_keys
+from revseg_jax.tracker.client import Prompt, TrackerClient
+
+BATCH = 16  # prompts sampled together
+
+
+def answers(
+    engine: RolloutEngine, params: Any, source: ClipSource, chosen: Sequence[int], chain: ChainConfig, seed: int = 0
+) -> Iterator[tuple[list[Clip], Batch, list[Rollout]]]:
+    """One chain for each chosen pair of the source. What is drawn depends on the seed and the pair only."""
+    for start in range(0, len(chosen), BATCH):
+        indices = [int(i) for i in chosen[start : start + BATCH]]
+        # The last batch is filled up, so that one compiled program serves all.
+        filled = indices + indices[:1] * (BATCH - len(indices))
+        clips = [source[i] for i in filled]
+        batch = stack([make_example(clip, i, chain) for i, clip in zip(filled, clips, strict=True)])
+        _, chains = engine.sample(params, prompts_of(batch), rollout_keys(seed, 0, batch.index, 1))
+        yield clips[: len(indices)], batch, [row[0] for row in chains[: len(indices)]]
+
+
+def tracker_prompts(clips: list[Clip], batch: Batch, chains: list[Rollout]) -> list[tuple[Clip, Prompt | None]]:
+    """What to track in each clip: (keyframe, box) in frames and pixels of the clip; None for a failed chain."""
+    return [
+        (clip, (int(batch.sampled[b, rollout.turn1.frame_idx]), rollout.box) if rollout.ok else None)
+        for b, (clip, rollout) in enumerate(zip(clips, chains, strict=True))
+    ]
+
+
+def track(client: TrackerClient | None, clip: Clip, prompt: Prompt | None) -> np.ndarray:
+    """Masks bool [T, H, W] on every frame of the clip; empty ones without a tracker or for a failed chain."""
+    if client is None or prompt is None:
+        return np.zeros((len(clip.frames), clip.height, clip.width), bool)
+    return client.track(clip.frames, [prompt])[0]
+
+
+def failure_cause(rollout: Rollout) -> str:
+    """Why a chain has no box, in words that can be counted; empty when it has one."""
+    if rollout.ok:
+        return ""
+    turn, answer = (1, rollout.answer1) if not rollout.turn1.ok else (2, rollout.answer2)
+    reason = rollout.failure.removeprefix(f"turn {turn}: ")
+    if reason in ("no object", "no box"):
+        reason = "bad JSON" if "<answer>" in answer else "no answer tag"
+    elif reason.startswith("frame_idx is not in"):
+        reason = "keyframe out of range"
+    return f"turn {turn}: {reason}"

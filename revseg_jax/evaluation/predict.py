@@ -1,0 +1,89 @@
+"""A policy's predictions on a prepared split, expression by expression; it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from revseg_jax.data.clip import Clip
+from revseg_jax.data.source import ClipSource
+from revseg_jax.evaluation.benchmarks import Benchmark
+from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts
+from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
+from revseg_jax.rollout.engine import RolloutEngine
+from revseg_jax.tracker.client import Prompt, TrackerClient
+
+CHAINS = "chains.jsonl"  # one line a chain: what was said, and why it failed
+PREDICTIONS = "predictions"
+
+
+def predict(
+    benchmark: Benchmark,
+    data: Path,
+    folder: Path,
+    engine: RolloutEngine,
+    params: Any,
+    client: TrackerClient,
+    seed: int = 0,
+) -> Counter[str]:
+    """Writes `folder`/predictions and `folder`/chains.jsonl; returns how many chains failed of which cause.
+
+    A failed chain gets all-zero masks. What a stopped run left is kept.
+    """
+    source = ClipSource([data], benchmark.split)
+    root = folder / PREDICTIONS
+    root.mkdir(parents=True, exist_ok=True)
+    records = _finished(folder / CHAINS, root)
+    ids = source.ids()
+    wanted = range(len(ids))
+    if benchmark.first_expression:
+        wanted = [i for i in wanted if i == 0 or ids[i][0] != ids[i - 1][0]]
+    todo = [i for i in wanted if ids[i] not in records]
+    lines = "".join(json.dumps(record) + "\n" for record in records.values())
+    (folder / CHAINS).write_text(lines)
+    bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=f"predict {benchmark.name}", unit="chain")
+    with bar, open(folder / CHAINS, "a") as log, ThreadPoolExecutor(2) as pool:
+        for clips, batch, chains in answers(engine, params, source, todo, engine.encoder.chain, seed):
+            prompts = tracker_prompts(clips, batch, chains)
+            written = pool.map(partial(_track_and_write, client, root), prompts)
+            for (clip, prompt), rollout, _ in zip(prompts, chains, written, strict=True):
+                record = {
+                    "video": clip.video_id,
+                    "expression": clip.expression_id,
+                    "query": clip.query,
+                    "answer1": rollout.answer1,
+                    "answer2": rollout.answer2,
+                    "keyframe": prompt[0] if prompt else None,
+                    "box": list(prompt[1]) if prompt else None,
+                    "failure": failure_cause(rollout),
+                }
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                records[clip.video_id, clip.expression_id] = record
+                bar.update()
+    return Counter(record["failure"] for record in records.values() if record["failure"])
+
+
+def _track_and_write(client: TrackerClient, root: Path, what: tuple[Clip, Prompt | None]) -> None:
+    clip, prompt = what
+    folder = prediction_folder(root, clip.video_id, clip.expression_id)
+    write_prediction(folder, clip.frame_names, track(client, clip, prompt))
+
+
+def _finished(log: Path, root: Path) -> dict[tuple[str, str], dict]:
+    """The chains whose masks and whose line are there. A line that was cut off counts as none."""
+    records = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if prediction_folder(root, record["video"], record["expression"]).is_dir():
+            records[record["video"], record["expression"]] = record
+    return records

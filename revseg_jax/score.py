@@ -1,0 +1,26 @@
+"""`revseg score`: anybody's predictions on a benchmark, or their zip for its server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from revseg_jax.evaluation.benchmarks import find_data, get_benchmark
+from revseg_jax.evaluation.protocols import rows_of
+from revseg_jax.evaluation.scoring import score_benchmark
+from revseg_jax.evaluation.submission import write_submission
+from revseg_jax.evaluation.table import terminal
+
+
+def main(
+    predictions: str, benchmark: str, data: Sequence[str], submission: str | None = None, workers: int = 0
+) -> None:
+    """Scores the folder `predictions`, <video>/<expression>/<frame>.png, and prints the table; with `submission`,
+    checks every file and writes that zip instead. data: as for `find_data`. workers: processes, 0 takes all cores."""
+    chosen = get_benchmark(benchmark)
+    path = find_data(list(data), [benchmark])[benchmark]
+    if submission is not None:
+        count = write_submission(chosen, path, Path(predictions), Path(submission))
+        print(f"{submission}: {count} files, all there, of the right size and grey")
+        return
+    print(terminal(rows_of(chosen, score_benchmark(chosen, path, Path(predictions), workers))))

@@ -1,0 +1,355 @@
+"""Benchmarks from predictions on disk, against sums made by hand; the command end to end with a real sidecar."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import dataset_trees as trees
+import numpy as np
+import pytest
+from dataset_trees import HEIGHT, WIDTH
+from PIL import Image
+
+from revseg_jax import evaluate
+from revseg_jax.chain.parsing import parse_turn1, parse_turn2
+from revseg_jax.cli import main
+from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.prepare import prepare
+from revseg_jax.data.source import ClipSource
+from revseg_jax.data.synthetic_builder import prepare_synthetic
+from revseg_jax.errors import InputError
+from revseg_jax.evaluation import predict as prediction
+from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
+from revseg_jax.evaluation.chains import failure_cause
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
+from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
+from revseg_jax.evaluation.protocols import Row, rows_of
+from revseg_jax.evaluation.scoring import score_benchmark
+from revseg_jax.evaluation.submission import check_submission, write_submission
+from revseg_jax.rollout.chains import Rollout
+
+TREES = {
+    "ref_youtube_vos": trees.ref_youtube_vos,
+    "ref_davis17": trees.ref_davis17,
+    "mevis": trees.mevis,
+    "revos": trees.revos,
+    "reason_vos": trees.reason_vos,
+    "reason_seg": trees.reason_seg,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Every dataset, prepared: <root>/<dataset>."""
+    root = tmp_path_factory.mktemp("prepared")
+    for name, tree in TREES.items():
+        source = tree(tmp_path_factory.mktemp("download") / name)
+        prepare(name, source, root / name, workers=1, progress=False)
+    return root
+
+
+def truths(data: Path, name: str) -> dict[tuple[str, str], np.ndarray]:
+    source = ClipSource([data / BENCHMARKS[name].dataset], BENCHMARKS[name].split)
+    clips = [source[i] for i in range(len(source))]
+    return {
+        (c.video_id, c.expression_id): np.stack([decode_mask(m, c.height, c.width) for m in c.masks]) for c in clips
+    }
+
+
+def names_of(data: Path, name: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    source = ClipSource([data / BENCHMARKS[name].dataset], BENCHMARKS[name].split)
+    return {key: source[i].frame_names for i, key in enumerate(source.ids())}
+
+
+def write_all(data: Path, name: str, root: Path, change=lambda key, masks: masks) -> dict:
+    """Predictions made of the truth; `change` may alter them or give None for none. Returns what was written."""
+    written, names = {}, names_of(data, name)
+    for key, truth in truths(data, name).items():
+        masks = change(key, truth.copy())
+        if masks is not None:
+            write_prediction(prediction_folder(root, *key), names[key], masks)
+            written[key] = masks
+    return written
+
+
+def rows(data: Path, name: str, root: Path) -> dict[str, Row]:
+    benchmark = BENCHMARKS[name]
+    scores = score_benchmark(benchmark, data / benchmark.dataset, root, workers=1, progress=False)
+    return {row.title: row for row in rows_of(benchmark, scores)}
+
+
+def shifted(key, masks: np.ndarray) -> np.ndarray:
+    return np.roll(masks, 1 + len(key[1]) + int(key[1]) % 5, axis=2)
+
+
+def jf(masks: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    return 100 * region_similarity(masks, truth).mean(), 100 * contour_accuracy(masks, truth).mean()
+
+
+@pytest.mark.parametrize("name", ["ref_davis17", "mevis_valid_u", "revos", "reason_vos", "reason_seg_val"])
+def test_the_truth_scores_100(tmp_path, data, name):
+    write_all(data, name, tmp_path)
+    for row in rows(data, name, tmp_path).values():
+        assert row.missing == 0 and {row.j, row.f, row.jf} <= {100, None}
+        assert all(value == pytest.approx(100, abs=1e-3) for value in row.others.values())
+
+
+def test_mean_over_frames_then_over_expressions(tmp_path, data):
+    written = write_all(data, "mevis_valid_u", tmp_path, shifted)
+    truth = truths(data, "mevis_valid_u")
+    j, f = np.mean([jf(masks, truth[key]) for key, masks in written.items()], axis=0)
+    row = rows(data, "mevis_valid_u", tmp_path)["MeViS valid_u"]
+    assert 0 < row.j < 100 and (row.j, row.f, row.jf) == pytest.approx((j, f, (j + f) / 2))
+    assert (row.expressions, row.missing) == (2, 0)
+
+
+def test_missing_predictions_count_nothing(tmp_path, data):
+    """ReasonVOS: one of two is there and right. 0 for the other, or left out as the official script does."""
+    write_all(data, "reason_vos", tmp_path, lambda key, masks: masks if key[1] == "1" else None)
+    found = rows(data, "reason_vos", tmp_path)
+    assert found["ReasonVOS"].jf == 50 and found["ReasonVOS"].missing == 1
+    official = found["ReasonVOS, official script"]
+    assert official.jf == 100 and official.expressions == 1 and "flatters" in official.protocol
+
+
+def test_revos(tmp_path, data):
+    """Overall is the unweighted mean of the two kinds. What is said about nothing enters the robustness alone."""
+
+    def change(key, masks):
+        if key[1] == "1":
+            return None
+        if key[1] == "2":
+            masks[:] = trees.box(0, 0, 10)
+        return masks
+
+    write_all(data, "revos", tmp_path, change)
+    found = rows(data, "revos", tmp_path)
+    assert found["ReVOS referring"].jf == 100 and found["ReVOS reasoning"].jf == 0
+    assert found["ReVOS overall"].jf == 50 and found["ReVOS overall"].missing == 1
+    everything = [np.any([m[t] for m in trees.MEVIS_OBJECTS.values() if m[t] is not None], 0) for t in range(4)]
+    robustness = np.mean([1 - 100 / mask.sum() for mask in everything])
+    assert found["ReVOS overall"].others["robustness"] == pytest.approx(100 * robustness, abs=1e-3)
+
+
+def test_davis_protocols(tmp_path, data):
+    """Annotator 0 swaps the objects: fatal for each expression, repaired by the matching of the merged masks.
+    Annotator 1 names the first object twice: where masks overlap the first wins, so the second segment is empty.
+    Void pixels count for (b) only."""
+    objects = [np.stack(trees.DAVIS_OBJECTS[k]) for k in (1, 2)]
+
+    def change(key, masks):
+        k, annotator = divmod(int(key[1]), 4)
+        if annotator == 0:
+            return objects[1 - k]
+        if annotator == 1:
+            return objects[0]
+        return masks | trees.box(60, 20, 6) if annotator == 2 and k == 0 else masks
+
+    written = write_all(data, "ref_davis17", tmp_path, change)
+    found = rows(data, "ref_davis17", tmp_path)
+    assert found["Ref-DAVIS17 (a)"].jf == pytest.approx((100 + 50 + 100 + 100) / 4)
+    truth = truths(data, "ref_davis17")
+    j, f = np.mean([jf(masks, truth[key]) for key, masks in written.items()], axis=0)
+    assert (found["Ref-DAVIS17 (b)"].j, found["Ref-DAVIS17 (b)"].f) == pytest.approx((j, f))
+    assert j < 75  # the swap alone costs a quarter
+
+
+def test_reason_seg(tmp_path, data):
+    """gIoU is a mean of ratios, cIoU a ratio of sums; ignored pixels count nowhere, nor does a second question."""
+
+    def change(key, masks):
+        if key == ("9", "0"):
+            masks[:] = True  # everything, the ignored region too
+        return masks if key[1] == "0" else np.zeros_like(masks)
+
+    write_all(data, "reason_seg_val", tmp_path, change)
+    row = rows(data, "reason_seg_val", tmp_path)["ReasonSeg val"]
+    area = truths(data, "reason_seg_val")["9", "0"].sum()
+    scored = HEIGHT * WIDTH - 11 * 11
+    assert row.expressions == 2 and row.j is None
+    assert row.others["gIoU"] == pytest.approx(100 * (area / scored + 1) / 2)
+    assert row.others["cIoU"] == pytest.approx(100 * 2 * area / (scored + area))
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, data):
+    write_all(data, "mevis_valid_u", tmp_path, shifted)
+    benchmark = BENCHMARKS["mevis_valid_u"]
+    both = [score_benchmark(benchmark, data / "mevis", tmp_path, workers, progress=False) for workers in (1, 2)]
+    assert both[0] == both[1]
+
+
+# --- folders that do not fit -----------------------------------------------------------------------------------------
+
+
+def broken(root: Path, how: str) -> None:
+    file = root / "377b1c5f365c/0/00002.png"
+    if how == "missing":
+        file.unlink()
+    elif how == "size":
+        Image.new("L", (WIDTH, HEIGHT + 1)).save(file)
+    elif how == "garbage":
+        file.write_bytes(b"no image")
+    elif how == "other":
+        (root / "377b1c5f365c").rename(root / "somewhere_else")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", "00002.png is missing"),
+        ("size", "00002.png is 80x49 pixels, the video 80x48"),
+        ("garbage", "00002.png cannot be read"),
+        ("other", "has no folder of any of the 2 videos|such as 377b1c5f365c"),
+    ],
+)
+def test_a_folder_that_does_not_fit(tmp_path, capsys, data, how, words):
+    write_all(data, "mevis_valid_u", tmp_path / "p")
+    broken(tmp_path / "p", how)
+    arguments = ["score", str(tmp_path / "p"), "--benchmark", "mevis_valid_u", "--data", str(data), "--workers", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and any(word in error for word in words.split("|"))
+
+
+def test_score_prints_the_published_numbers_beside(tmp_path, capsys, data):
+    """The predictions may lie in a folder Annotations, as servers want them."""
+    write_all(data, "reason_vos", tmp_path / "Annotations")
+    main(["score", str(tmp_path), "--benchmark", "reason_vos", "--data", str(data / "reason_vos"), "--workers", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["ReasonVOS", "100.0", "100.0", "100.0"] and "61.8 / 67.7 / 64.8" in lines[1]
+
+
+def test_benchmarks_find_their_data(data):
+    assert set(find_data([str(data)], ["all"])) == set(BENCHMARKS) - {"synthetic"}
+    assert find_data([str(data / "mevis")], ["mevis_valid_u"]) == {"mevis_valid_u": data / "mevis"}
+    with pytest.raises(InputError, match="revseg prepare revos"):
+        find_data([str(data / "mevis")], ["revos"])
+    with pytest.raises(InputError, match="not one of"):
+        find_data([str(data)], ["kinetics"])
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("mevis", "d56a6ec78cfa/0/00000.png"), ("ref_youtube_vos", "Annotations/val/0/00000.png")],
+)
+def test_submissions(tmp_path, data, name, first):
+    benchmark, root = BENCHMARKS[name], tmp_path / "p"
+    folder = data / benchmark.dataset
+    with pytest.raises(InputError, match="truth of .* is not public"):
+        score_benchmark(benchmark, folder, tmp_path)
+    write_all(data, name, root)
+    assert write_submission(benchmark, folder, root, tmp_path / "s.zip") == len(
+        check_submission(benchmark, folder, root)[0]
+    )
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert archive.namelist()[0] == first
+        assert len(archive.namelist()) == sum(len(names) for names in names_of(data, name).values())
+        with archive.open(first) as file, Image.open(file) as image:
+            assert image.mode == "L" and image.size == (WIDTH, HEIGHT)
+    bad = root / first.removeprefix("Annotations/")
+    Image.new("P", (WIDTH, HEIGHT)).save(bad)
+    assert any("grey" in message for message in check_submission(benchmark, folder, root)[1])
+    Image.new("L", (WIDTH, HEIGHT), 7).save(bad)
+    sorted(bad.parent.iterdir())[1].unlink()
+    wrong = check_submission(benchmark, folder, root)[1]
+    assert len(wrong) == 2 and "missing" in wrong[1] and "0 and 255" in wrong[0]
+    with pytest.raises(InputError, match="no submission can be made.*1 more"):
+        write_submission(benchmark, folder, root, tmp_path / "t.zip")
+    assert not (tmp_path / "t.zip").exists()
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</answer>'
+
+
+@pytest.mark.parametrize(
+    ("answer1", "answer2", "cause"),
+    [
+        ("nothing", None, "turn 1: no answer tag"),
+        ("<answer>it is red</answer>", None, "turn 1: bad JSON"),
+        (GOOD.replace("1", "9"), None, "turn 1: keyframe out of range"),
+        (GOOD.replace('"it"', '""'), None, "turn 1: no text under 'object description'"),
+        (GOOD, "there", "turn 2: no answer tag"),
+        (GOOD, "<answer>here</answer>", "turn 2: bad JSON"),
+        (GOOD, '<answer>[{"bbox_2d": [5, 5, 3, 9]}]</answer>', "turn 2: not x1 < x2 and y1 < y2 in finite numbers"),
+    ],
+)
+def test_failures_by_cause(answer1, answer2, cause):
+    turn1, turn2 = parse_turn1(answer1, 8), parse_turn2(answer2) if answer2 else None
+    assert failure_cause(Rollout(answer1, answer2, turn1, turn2, None, False, 1)) == cause
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips") / "synthetic"
+    prepare_synthetic(folder, "easy", 0, 2, seed=4, progress=False)
+    return folder
+
+
+def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
+    """Stopped in the middle and started again, with the embedded policy and tracker: nothing is done twice, nothing
+    is missing, and the table is that of the masks on disk."""
+    out = tmp_path / "out"
+    arguments = ["evaluate", "--data", str(clips), "--out", str(out), "--workers", "1", "tracker.threads=1"]
+    total = len(ClipSource([clips], "test"))
+    written, write = [], prediction.write_prediction
+
+    def stopping(folder, *rest):
+        if len(written) == total // 2:
+            raise KeyboardInterrupt
+        written.append(folder)
+        write(folder, *rest)
+
+    monkeypatch.setattr(prediction, "write_prediction", stopping)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 130
+    done = len((out / "synthetic/chains.jsonl").read_text().splitlines())
+    assert 0 < done < total and not (out / "results.json").exists()
+    with open(out / "synthetic/chains.jsonl", "a") as log:
+        log.write('{"video": "cut off')  # as a killed process leaves it
+    written.clear()
+    monkeypatch.setattr(
+        prediction, "write_prediction", lambda folder, *rest: (written.append(folder), write(folder, *rest))
+    )
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert len(written) == total - done
+    records = [json.loads(line) for line in (out / "synthetic/chains.jsonl").read_text().splitlines()]
+    assert len({(r["video"], r["expression"]) for r in records}) == len(records) == total
+    results = json.loads((out / "results.json").read_text())
+    failed = [record for record in records if record["failure"]]
+    assert sum(results["failures"]["synthetic"].values()) == len(failed)
+    root = out / "synthetic/predictions"
+    for record in records:
+        files = sorted((root / record["video"] / record["expression"]).glob("*.png"))
+        if record["failure"]:
+            assert not any(np.asarray(Image.open(file)).any() for file in files)
+        assert len(files) > 1
+    source = ClipSource([clips], "test")
+    scores = []
+    for clip in (source[i] for i in range(total)):
+        folder = root / clip.video_id / clip.expression_id
+        masks = np.stack([np.asarray(Image.open(folder / f"{name}.png")) > 0 for name in clip.frame_names])
+        scores.append(jf(masks, np.stack([decode_mask(m, clip.height, clip.width) for m in clip.masks])))
+    row = results["rows"][0]
+    assert (row["j"], row["f"]) == pytest.approx(tuple(np.mean(scores, axis=0)))
+    assert f"{row['jf']:.1f}" in printed and "| synthetic, held out |" in (out / "results.md").read_text()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--sampled"])
+    assert "another sampling" in capsys.readouterr().err
+
+
+def test_frames_at_test_time_are_the_users_choice():
+    from revseg_jax.config import load_config
+
+    overrides = ["run.dir=.", "chain.frames=12"]
+    config = evaluate.spoken_chain(load_config(None, overrides), overrides)
+    assert config.chain.frames == 12 and config.chain.frame_size == 112  # the embedded policy's own size
