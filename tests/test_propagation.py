@@ -22,7 +22,7 @@ from tracker_setup import (
     some_prompts,
     stock_logits,
     stored,
-    write_folder,
+    tracked,
 )
 
 from revseg_jax.errors import InputError
@@ -78,7 +78,7 @@ def test_logits_are_those_of_the_stock_predictor(model, tmp_path):
     chains = [plan(model, FRAMES, keyframe) for keyframe, _ in prompts]
     for rows, at, logits in propagate(model, FRAMES, lambda f: engine._look_up(clip, f), chains, boxes):
         found[rows, at] = torch.nn.functional.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear")[:, 0]
-    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
+    expected = stock_logits(model, tmp_path, frames, prompts)
     np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0)
 
 
@@ -91,10 +91,8 @@ def test_the_embedded_tracker_equals_the_stock_predictor(tmp_path):
         (10, (92.0, 32.0, 128.0, 68.0)),
         *some_prompts(2, FRAMES),
     ]
-    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
-    masks = np.zeros(expected.shape, bool)
-    for which, at, found in Engine(model).track(stored(frames), prompts):
-        masks[which, at] = found
+    expected = stock_logits(model, tmp_path, frames, prompts)
+    masks = tracked(Engine(model), stored(frames), prompts)
     assert_same(masks, expected)
 
 
@@ -110,10 +108,8 @@ def test_published_architectures_equal_the_stock_predictor(family, tmp_path):
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 1  # present, or there is nothing to compare
         model.maskmem_tpos_enc *= 20
     prompts = [(0, BOX), (6, (40.0, 10.0, 99.0, 80.0))]
-    expected = stock_logits(model, write_folder(tmp_path / "clip", frames), prompts)
-    masks = np.zeros(expected.shape, bool)
-    for which, at, found in Engine(model).track(stored(frames), prompts):
-        masks[which, at] = found
+    expected = stock_logits(model, tmp_path, frames, prompts)
+    masks = tracked(Engine(model), stored(frames), prompts)
     assert_same(masks, expected)
     assert 0.01 < masks.mean() < 0.99
 
@@ -121,13 +117,10 @@ def test_published_architectures_equal_the_stock_predictor(family, tmp_path):
 def test_large_batches_are_split(model):
     """More prompts than go through the model together give what they give alone."""
     clip, prompts, engine = stored(moving_shapes(4)), some_prompts(7, 4), Engine(model)
-    masks = np.zeros((2, 7, 4, HEIGHT, WIDTH), bool)
-    for n, together in enumerate((64, 3)):
-        engine.prompts_together = together
-        for which, at, found in engine.track(clip, prompts):
-            assert len(which) <= together
-            masks[n, which, at] = found
-    assert (masks[0] != masks[1]).sum() <= 3
+    whole = tracked(engine, clip, prompts)
+    engine.prompts_together = 3
+    assert max(len(which) for which, *_ in engine.track(clip, prompts)) == 3
+    assert (tracked(engine, clip, prompts) != whole).sum() <= 3
 
 
 def test_features_are_computed_once_a_frame_within_the_limit(model, monkeypatch):
@@ -139,13 +132,13 @@ def test_features_are_computed_once_a_frame_within_the_limit(model, monkeypatch)
     assert sum(seen) == 12
     list(engine.track(clip, some_prompts(3, 12, seed=9)))
     assert sum(seen) == 12
-    a_frame = engine._held_bytes // 12
+    a_frame = engine.held_bytes // 12
     small = Engine(model, feature_bytes=4 * a_frame)
     small.frames_together = 2
     again = []
     for *_, masks in small.track(clip, some_prompts(2, 12)):
         again.append(masks)
-        assert small._held_bytes <= 4 * a_frame and len(small._features) <= 4
+        assert small.held_bytes <= 4 * a_frame and len(small._features) <= 4
     assert sum(seen) > 12 + 12
     assert all((a != b).sum() <= 3 for a, b in zip(first, again, strict=True))
 

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 from tracker_setup import (
     BOX,
     FRAMES,
@@ -25,8 +24,8 @@ from tracker_setup import (
     jpegs,
     moving_shapes,
     some_prompts,
+    start_sidecar,
     stock_logits,
-    write_folder,
 )
 
 from revseg_jax.errors import InputError, RunFailure
@@ -41,19 +40,6 @@ from revseg_jax.tracker.upload import clip_upload
 from revseg_jax.tracker.wire import decode_masks, encode_masks
 
 pytest_plugins = ["tracker_fixtures"]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def endpoint(checkpoint, config):
-    with run_sidecar(checkpoint=str(checkpoint), config=str(config), threads=1) as endpoint:
-        yield endpoint
 
 
 @pytest.fixture
@@ -93,7 +79,7 @@ def test_masks_are_those_of_the_stock_predictor(client, model, tmp_path, frames,
     clip, prompts = jpegs(moving_shapes(frames)), some_prompts(count, frames)
     masks = client.track(clip, prompts)
     assert masks.shape == (count, frames, HEIGHT, WIDTH) and masks.dtype == bool
-    expected = stock_logits(model, write_folder(tmp_path / "clip", clip), prompts)
+    expected = stock_logits(model, tmp_path, clip, prompts)
     assert_same(masks, expected)
     if frames == FRAMES:  # the comparison means something
         present = (expected > 0).any((2, 3)).mean()
@@ -265,14 +251,17 @@ def test_requests_no_client_of_ours_would_send(endpoint):
         "header": lambda: stub.PutClip(iter([piece])),
         "header: ": lambda: stub.PutClip(iter([])),
         "clip_id": lambda: put(piece, clip_id="0" * 64),
+        "clip_id: not a SHA": lambda: put(piece, clip_id="../../etc"),
         "encoding": lambda: put(piece, encoding=0),
         "height, width": lambda: put(piece, height=2**31, width=2**31),
         "frame_height": lambda: put(piece, frame_height=0),
         "frame 0: 3 bytes": lambda: put(pb.PutClipRequest(piece=pb.FramePiece(data=b"abc", last=True))),
         "frame 0: longer": lambda: put(pb.PutClipRequest(piece=pb.FramePiece(data=bytes(13)))),
+        "frame 0: an empty": lambda: put(pb.PutClipRequest(piece=pb.FramePiece())),
         "frame 0: its last piece": lambda: put(pb.PutClipRequest(piece=pb.FramePiece(data=b"abc"))),
-        "truth: 2 masks": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b"", b""])), truth_id="a"),
-        "truth_id": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b""])), truth_id="a"),
+        "truth: 2 masks": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b"", b""])), truth_id="a" * 64),
+        "truth_id: not the": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b""])), truth_id="a" * 64),
+        "truth_id: not a SHA": lambda: put(piece, truth_id="a"),
         "part": lambda: put(pb.PutClipRequest()),
         "prompts: 0": lambda: list(stub.Track(pb.TrackRequest(clip_id=put(piece).clip_id))),
         "prompts: 1025": lambda: stub.Score(
@@ -284,7 +273,7 @@ def test_requests_no_client_of_ours_would_send(endpoint):
             ask()
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT and error.value.details().startswith(says)
     with pytest.raises(grpc.RpcError) as error:
-        stub.Score(pb.ScoreRequest(clip_id=put(piece).clip_id, truth_id="no", prompts=[pb.Prompt(x2=1, y2=1)]))
+        stub.Score(pb.ScoreRequest(clip_id=put(piece).clip_id, truth_id="a" * 64, prompts=[pb.Prompt(x2=1, y2=1)]))
     assert error.value.code() == grpc.StatusCode.NOT_FOUND
     assert put(piece).clip_held
 
@@ -337,23 +326,10 @@ def test_a_dead_sidecar_is_left_out(endpoint):
             assert client.track(moving_shapes(1, seed=seed), [(0, BOX)]).shape == (1, 1, HEIGHT, WIDTH)
 
 
-def start(checkpoint: Path, config: Path, port: int = 0, wait: bool = True) -> tuple[subprocess.Popen, int]:
-    command = [sys.executable, "-m", "revseg_jax.tracker.sidecar", f"--port={port}", "--threads=1"]
-    process = subprocess.Popen(
-        [*command, f"--checkpoint={checkpoint}", f"--config={config}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if wait:
-        port = int(process.stdout.readline().rpartition(":")[2])
-    return process, port
-
-
 def test_killed_started_again_and_drained(checkpoint, config):
     clip, prompts = moving_shapes(16), some_prompts(32, 16)
     truth = np.ones((16, HEIGHT, WIDTH), bool)
-    process, port = start(checkpoint, config)
+    process, port = start_sidecar(checkpoint, config)
     try:
         with TrackerClient([f"127.0.0.1:{port}"], patience_seconds=300) as client:
             few = client.score(clip, prompts[:2], truth)
@@ -363,7 +339,7 @@ def test_killed_started_again_and_drained(checkpoint, config):
             process.kill()
             process.wait()
             assert not check("127.0.0.1", port)
-            process, _ = start(checkpoint, config, port)
+            process, _ = start_sidecar(checkpoint, config, port)
             assert_equal(client.score(clip, prompts[:2], truth), few)
             first = pending.result(300)  # asked again by itself
             assert check("127.0.0.1", port)
@@ -386,7 +362,7 @@ def test_killed_started_again_and_drained(checkpoint, config):
 
 def test_a_taken_port_and_an_orphan(checkpoint, config, endpoint):
     port = int(endpoint.rpartition(":")[2])
-    taken, _ = start(checkpoint, config, port, wait=False)
+    taken, _ = start_sidecar(checkpoint, config, port, wait=False)
     parent = subprocess.Popen(
         [sys.executable, "-c", _PARENT, str(checkpoint), str(config)], stdout=subprocess.PIPE, text=True
     )

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from tracker_setup import FRAMES, moving_shapes, some_prompts, stored
 
+from revseg_jax.tracker.clips import Limits
 from revseg_jax.tracker.engine import Engine
 from revseg_jax.tracker.model import EMBEDDED, build_tracker
+from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.security import ServerTLS
+from revseg_jax.tracker.service import Description, TrackerService
+from revseg_jax.tracker.sidecar import serve
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +55,32 @@ def model(config):
         with torch.no_grad():
             head.layers[-1].bias -= torch.quantile(torch.cat(scores), quantile) - 1e-3
     return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def endpoint(checkpoint, config):
+    with run_sidecar(checkpoint=str(checkpoint), config=str(config), threads=1) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def serving(model):
+    """Starts servers in this process: (limits, tls, token) -> (service, port)."""
+    servers = []
+
+    def start(limits: Limits | None = None, tls: ServerTLS | None = None, token: str | None = None):
+        service = TrackerService(Engine(model), Description("random", "small", {}), limits or Limits())
+        server, _, port = serve(service, tls=tls, token=token)
+        servers.append(server)
+        return service, port
+
+    yield start
+    for server in servers:
+        server.stop(grace=None).wait()

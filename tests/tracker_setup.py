@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +49,10 @@ def some_prompts(count: int, frames: int, seed: int = 0) -> list[tuple[int, tupl
     ]
 
 
-def stock_logits(model, folder: Path, prompts) -> np.ndarray:
-    """float32 [P, T, H, W] by the package's own calls on a folder of JPEG images."""
+def stock_logits(model, folder: Path, frames: list[bytes], prompts) -> np.ndarray:
+    """float32 [P, T, H, W] by the package's own calls on a folder of these JPEG images."""
+    for index, frame in enumerate(frames):
+        (folder / f"{index:05d}.jpg").write_bytes(frame)
     sam2.sam2_video_predictor.tqdm = sam2.utils.misc.tqdm = lambda frames, **_: frames  # no progress bars
     state = model.init_state(str(folder))
     results = []
@@ -69,13 +73,6 @@ def assert_same(masks: np.ndarray, logits: np.ndarray) -> None:
     assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
 
 
-def write_folder(folder: Path, frames: list[bytes]) -> Path:
-    folder.mkdir()
-    for index, frame in enumerate(frames):
-        (folder / f"{index:05d}.jpg").write_bytes(frame)
-    return folder
-
-
 def stored(clip: np.ndarray | list[bytes]) -> Clip:
     """The clip as a sidecar holds it."""
     upload = clip_upload(clip, image_size=10**6)
@@ -84,3 +81,25 @@ def stored(clip: np.ndarray | list[bytes]) -> Clip:
     for frame in upload.frames():
         writer.add(frame, last=True)
     return writer.close(h.clip_id)
+
+
+def tracked(engine, clip: Clip, prompts) -> np.ndarray:
+    """Masks bool [P, T, H, W] by our engine."""
+    masks = np.zeros((len(prompts), clip.frames, clip.height, clip.width), bool)
+    for which, at, found in engine.track(clip, prompts):
+        masks[which, at] = found
+    return masks
+
+
+def start_sidecar(checkpoint: Path, config: Path, port: int = 0, *options: str, wait: bool = True, log=subprocess.PIPE):
+    """(process, its port) of a sidecar that serves already if `wait`. log: where its stderr goes."""
+    command = [sys.executable, "-m", "revseg_jax.cli", "sidecar", f"--port={port}", "--threads=1"]
+    process = subprocess.Popen(
+        [*command, f"--checkpoint={checkpoint}", f"--config={config}", *options],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    if wait:
+        port = int(process.stdout.readline().rpartition(":")[2])
+    return process, port

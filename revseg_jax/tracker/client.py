@@ -14,6 +14,7 @@ import numpy as np
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker.connection import Connections, Endpoint, details
+from revseg_jax.tracker.security import TLS
 from revseg_jax.tracker.upload import ClipFrames, Truth, clip_upload, stream_upload
 from revseg_jax.tracker.wire import decode_masks
 
@@ -34,10 +35,12 @@ class TrackerClient:
     """Connections to one or more sidecars. Safe to share between threads.
 
     A clip goes to the sidecar its content points to, so that its features are computed once; while that one is away, to
-    the next. A sidecar that has answered before may be away for `patience_seconds` (it is being started again, say)
-    before a call fails; one that never answered, for 10 s. `deadline_seconds` bounds each single request.
+    the next. A sidecar that has answered before may be away for `patience_seconds` (it is being started again, say), or
+    too busy to take a call, before the call fails with SidecarAway; one that never answered, for 10 s.
+    `deadline_seconds` bounds each single request.
 
-    All calls raise InputError when the input is refused and RunFailure when no sidecar gives an answer.
+    All calls raise InputError when the input is refused and RunFailure when no sidecar gives an answer; SidecarAway is
+    one of these.
     """
 
     def __init__(
@@ -46,9 +49,14 @@ class TrackerClient:
         deadline_seconds: float = 120.0,
         patience_seconds: float = 60.0,
         concurrency: int = 4,
+        token: str | None = None,
+        tls: TLS | None = None,
     ):
-        """endpoints: "host:port" each. concurrency: how many `score_async` calls are under way at once."""
-        self._connections = Connections(endpoints, patience_seconds)
+        """endpoints: "host:port" each. concurrency: how many `score_async` calls are under way at once.
+
+        token: the sidecars' bearer token; it goes over TLS, or to this machine, only. tls: see `TLS`.
+        """
+        self._connections = Connections(endpoints, patience_seconds, tls, token)
         self._deadline = deadline_seconds
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="score")
         self._image_size: int | None = None
@@ -75,6 +83,28 @@ class TrackerClient:
             return masks
 
         return self._connections.call(ask, upload)
+
+    def segment_frames(self, clip: ClipFrames, boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
+        """Masks bool [T, H, W] of one box a frame, each frame by itself as SAM2 segments an image; no tracking.
+
+        boxes: T of them, (x1, y1, x2, y2) in pixels of the clip; None where there is no object, and no mask.
+        """
+        upload = clip_upload(clip, self._model_size())
+        if len(boxes) != upload.count:
+            raise InputError(f"boxes: {len(boxes)} of them for a clip of {upload.count} frames")
+        prompts = _prompts([(frame, box) for frame, box in enumerate(boxes) if box is not None])
+        request = pb.SegmentFramesRequest(prompts=prompts, clip_id=upload.header.clip_id)
+        shape = (upload.count, upload.header.height, upload.header.width)
+
+        def ask(endpoint: Endpoint) -> np.ndarray:
+            endpoint.put(upload, self._deadline)
+            masks = np.zeros(shape, bool)
+            for reply in endpoint.stub.SegmentFrames(request, timeout=self._deadline):
+                for mask in reply.masks:
+                    masks[mask.frame] = decode_masks([mask.counts], *shape[1:])[0]
+            return masks
+
+        return self._connections.call(ask, upload) if prompts else np.zeros(shape, bool)
 
     def track_stream(
         self, open_frames: Callable[[], Iterable[np.ndarray]], prompts: Sequence[Prompt]

@@ -14,9 +14,11 @@ from PIL import Image
 
 from revseg_jax.errors import InputError
 from revseg_jax.tracker.tracker_pb2 import JPEG, RGB
-from revseg_jax.tracker.wire import ClipHash, decode_masks, truth_hash
+from revseg_jax.tracker.wire import ClipHash, check_counts, truth_hash
 
 SPOOL_BYTES = 1 << 20  # a clip larger than this lies in an unnamed temporary file
+MOST_SCANS = 100  # of a JPEG image; each costs a pass over all pixels, and a progressive one has about ten
+_SCAN = b"\xff\xda"  # the marker that starts one; compressed data never holds it
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,14 @@ class Limits:
     max_frames: int = 20_000  # of a clip
     max_pixels: int = 40_000_000  # of a frame (8K is 33 million)
     max_prompts: int = 1024  # of a call
+    max_masks: int = 2_000_000  # of a call: prompts times frames
+    max_calls: int = 64  # under way or waiting; the next one is told to come back later
+    max_calls_together: int = 16  # of these on one connection, so that others find room
     max_clips: int = 512
     max_truths: int = 256  # of a clip
     clip_bytes: int = 8 << 30  # of all clips together
+    truth_bytes: int = 64 << 20  # of one truth
+    all_truth_bytes: int = 1 << 30  # of all truths together, in memory
 
 
 class ClipNotHeld(LookupError):
@@ -52,6 +59,7 @@ class Clip:
     offsets: list[int]  # of each frame in `content`, and the end
     content: tempfile.SpooledTemporaryFile
     truths: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    truth_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -60,7 +68,7 @@ class Clip:
 
     @property
     def bytes(self) -> int:
-        return self.offsets[-1] + sum(sum(map(len, counts)) for counts in self.truths.values())
+        return self.offsets[-1]
 
     def frame(self, index: int, size: int) -> np.ndarray:
         """Frame `index` as uint8 [size, size, 3], resized as sam2's loader of JPEG folders does."""
@@ -76,13 +84,13 @@ class Clip:
             raise InputError(f"frame {index} cannot be decoded: {error}") from None
         return np.asarray(image.resize((size, size)))
 
-    def truth(self, truth_id: str, frames: Sequence[int]) -> np.ndarray:
-        """bool [len(frames), height, width]. Raises ClipNotHeld."""
+    def truth(self, truth_id: str) -> tuple[bytes, ...]:
+        """COCO compressed RLE, one a frame; empty where the object is absent. Raises ClipNotHeld."""
         with self.lock:
             counts = self.truths.get(truth_id)
         if counts is None:
             raise ClipNotHeld(f"truth {truth_id} of clip {self.clip_id} is not held")
-        return decode_masks([counts[index] for index in frames], self.height, self.width)
+        return counts
 
     def add_truth(self, truth_id: str, counts: Sequence[bytes], limits: Limits) -> None:
         """Keeps a truth, one mask of the clip's size for each frame or InputError; the oldest ones beyond limits go."""
@@ -92,13 +100,14 @@ class Clip:
             raise InputError("truth_id: not the hash of the masks that came")
         for index, run_lengths in enumerate(counts):
             try:
-                decode_masks([run_lengths], self.height, self.width)
+                check_counts(run_lengths, self.height, self.width)
             except InputError as error:
                 raise InputError(f"truth: mask {index}: {error}") from None
         with self.lock:
+            self.truth_bytes += sum(map(len, counts)) if truth_id not in self.truths else 0
             self.truths[truth_id] = tuple(counts)
             while len(self.truths) > limits.max_truths:
-                del self.truths[next(iter(self.truths))]
+                self.truth_bytes -= sum(map(len, self.truths.pop(next(iter(self.truths)))))
 
 
 class ClipWriter:
@@ -118,19 +127,24 @@ class ClipWriter:
         self.hash = ClipHash(*self.sizes)
         self.offsets = [0]
         self.content = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
-        self.pieces: list[bytes] = []
-        self.pending = 0
+        self.pieces = bytearray()  # of the frame that is coming
+
+    @property
+    def empty(self) -> bool:
+        return not self.pieces and len(self.offsets) == 1
 
     def add(self, piece: bytes, last: bool) -> None:
         height, width, encoding, frame_height, frame_width = self.sizes
         largest = frame_height * frame_width * 3 if encoding == RGB else height * width * 3 + (1 << 20)
-        self.pieces.append(piece)
-        self.pending += len(piece)
-        if self.pending > largest:
-            raise InputError(f"frame {len(self.offsets) - 1}: longer than {largest} bytes")
+        index = len(self.offsets) - 1
+        if not piece:
+            raise InputError(f"frame {index}: an empty piece")
+        self.pieces += piece
+        if len(self.pieces) > largest:
+            raise InputError(f"frame {index}: longer than {largest} bytes")
         if not last:
             return
-        frame, self.pieces, self.pending = b"".join(self.pieces), [], 0
+        frame, self.pieces = bytes(self.pieces), bytearray()
         self._check(frame)
         self.hash.add(frame)
         self.content.write(frame)
@@ -140,7 +154,7 @@ class ClipWriter:
 
     def close(self, clip_id: str) -> Clip:
         """The clip, if its frames have the hash `clip_id` (when given)."""
-        if self.pending:
+        if self.pieces:
             raise InputError(f"frame {len(self.offsets) - 1}: its last piece is missing")
         if clip_id and clip_id != self.hash.name():
             raise InputError("clip_id: not the hash of the frames that came")
@@ -158,6 +172,8 @@ class ClipWriter:
             size = Image.open(io.BytesIO(frame), formats=["JPEG"]).size
         except (OSError, SyntaxError, Image.DecompressionBombError):
             raise InputError(f"frame {index}: not a JPEG image") from None
+        if frame.count(_SCAN) > MOST_SCANS:
+            raise InputError(f"frame {index}: a JPEG image of more than {MOST_SCANS} scans")
         if size != (width, height):
             raise InputError(f"frame {index}: {size[1]} x {size[0]} pixels in a clip of {height} x {width}")
 
@@ -186,10 +202,23 @@ class ClipStore:
         with self._lock:
             clip = self._clips.setdefault(clip.clip_id, clip)
             self._clips.move_to_end(clip.clip_id)
-            while len(self._clips) > 1 and self._over():
-                self._clips.popitem(last=False)  # its file goes when the last call that uses it ends
+            self._evict()
             return clip
 
+    def add_truth(self, clip: Clip, truth_id: str, counts: Sequence[bytes]) -> None:
+        """`Clip.add_truth`, then evicts other clips until the limits hold."""
+        clip.add_truth(truth_id, counts, self.limits)
+        with self._lock:
+            self._evict()
+
+    def _evict(self) -> None:
+        while len(self._clips) > 1 and self._over():
+            self._clips.popitem(last=False)  # its file goes when the last call that uses it ends
+
     def _over(self) -> bool:
-        held = self._clips.values()
-        return len(held) > self.limits.max_clips or sum(clip.bytes for clip in held) > self.limits.clip_bytes
+        held, limits = self._clips.values(), self.limits
+        return (
+            len(held) > limits.max_clips
+            or sum(clip.bytes for clip in held) > limits.clip_bytes
+            or sum(clip.truth_bytes for clip in held) > limits.all_truth_bytes
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.tracker import tracker_pb2_grpc
+from revseg_jax.tracker.security import TLS, channel
 from revseg_jax.tracker.upload import Upload
-from revseg_jax.tracker.wire import REPLY_BYTES
+from revseg_jax.tracker.wire import REPLY_BYTES, RETRY_KEY
 
 Answer = TypeVar("Answer")
 
@@ -33,11 +35,15 @@ CHANNEL_OPTIONS = [
 ]
 
 
-def check(host: str, port: int, seconds: float = 5.0) -> bool:
-    """Whether a sidecar serves there, by the standard health service."""
-    with grpc.insecure_channel(_target(host, port), options=CHANNEL_OPTIONS) as channel:
+class SidecarAway(RunFailure):
+    """No sidecar answered, or none had room, for as long as the client is patient."""
+
+
+def check(host: str, port: int, seconds: float = 5.0, tls: TLS | None = None) -> bool:
+    """Whether a sidecar serves there, by the standard health service, which asks for no token."""
+    with channel(_target(host, port), tls, None, CHANNEL_OPTIONS) as opened:
         try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(
+            reply = health_pb2_grpc.HealthStub(opened).Check(
                 health_pb2.HealthCheckRequest(), timeout=seconds, wait_for_ready=False
             )
         except grpc.RpcError:
@@ -48,9 +54,9 @@ def check(host: str, port: int, seconds: float = 5.0) -> bool:
 class Endpoint:
     """One sidecar, and which clips it was last known to hold."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, tls: TLS | None = None, token: str | None = None):
         self.address = address
-        self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.channel = channel(address, tls, token, CHANNEL_OPTIONS)
         self.stub = tracker_pb2_grpc.TrackerStub(self.channel)
         self.answered = False
         self.left_out_until = 0.0
@@ -89,19 +95,19 @@ class Endpoint:
 
 
 class Connections:
-    def __init__(self, addresses: Sequence[str], patience_seconds: float):
+    def __init__(self, addresses: Sequence[str], patience_seconds: float, tls: TLS | None, token: str | None):
         for address in addresses:
             host, _, port = address.rpartition(":")
             if not host or not port.isdigit():
                 raise InputError(f"tracker endpoint {address!r} is not of the form host:port")
         if not addresses:
             raise InputError("no tracker endpoint given; expected host:port")
-        self.endpoints = [Endpoint(address) for address in addresses]
+        self.endpoints = [Endpoint(address, tls, token) for address in addresses]
         self.patience_seconds = patience_seconds
         self._closed = threading.Event()
 
     def call(self, ask: Callable[[Endpoint], Answer], upload: Upload | None = None) -> Answer:
-        """Asks the clip's endpoint, the others when it is away, and again until patience is over."""
+        """Asks the clip's endpoint, the others when it is away, and again until patience is over (SidecarAway)."""
         began, pause, evictions = time.monotonic(), FIRST_PAUSE_SECONDS, 0
         while True:
             endpoint = self._choose(upload.header.clip_id if upload else "")
@@ -110,28 +116,27 @@ class Connections:
                 endpoint.answered, endpoint.left_out_until = True, 0.0
                 return answer
             except grpc.RpcError as error:
-                code = error.code()
-                if code == grpc.StatusCode.INVALID_ARGUMENT:
-                    raise InputError(f"tracker: {details(error)}") from None
+                code, hint = error.code(), retry_hint(error)
                 if code == grpc.StatusCode.NOT_FOUND and upload is not None and evictions < 3:
                     endpoint.forget(upload)
                     evictions += 1
                     continue
-                if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-                    raise RunFailure(
-                        f"tracker sidecar at {endpoint.address} did not answer in time; is it overloaded, or "
-                        f"tracker.deadline_seconds too short?"
-                    ) from None
-                if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or self._closed.is_set():
-                    raise RunFailure(f"tracker sidecar at {endpoint.address} failed: {details(error)}") from None
-            endpoint.forget()
-            endpoint.left_out_until = time.monotonic() + LEFT_OUT_SECONDS
+                gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+                if (not gone and hint is None) or self._closed.is_set():
+                    raise _failure(endpoint, error) from None
+                last = error
+            if gone:
+                endpoint.forget()
+                endpoint.left_out_until = time.monotonic() + LEFT_OUT_SECONDS
+                wait, pause = pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
+            else:  # it is there, but full: the hint says when to come back, and not all clients together
+                endpoint.answered = True
+                wait = hint * random.uniform(0.5, 1.5)
             known = any(other.answered for other in self.endpoints)
             patience = self.patience_seconds if known else min(FIRST_CONTACT_SECONDS, self.patience_seconds)
-            if time.monotonic() - began + pause > patience:
-                raise RunFailure(self._nobody(time.monotonic() - began))
-            self._closed.wait(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            if time.monotonic() - began + wait > patience:
+                raise SidecarAway(self._nobody(time.monotonic() - began, endpoint, last))
+            self._closed.wait(wait)
 
     def close(self) -> None:
         self._closed.set()
@@ -145,13 +150,39 @@ class Connections:
         now = time.monotonic()
         return min(ordered, key=lambda endpoint: endpoint.left_out_until if endpoint.left_out_until > now else 0.0)
 
-    def _nobody(self, seconds: float) -> str:
+    def _nobody(self, seconds: float, endpoint: Endpoint, last: grpc.RpcError) -> str:
         addresses = ", ".join(endpoint.address for endpoint in self.endpoints)
+        if retry_hint(last) is not None:
+            return f"the tracker sidecar at {endpoint.address} has been full for {seconds:.0f} s; start more of them"
         port = self.endpoints[0].address.rpartition(":")[2]
-        return (
-            f"no tracker sidecar answers at {addresses} (waited {seconds:.0f} s); "
-            f"start one there with `revseg sidecar --port {port}`"
-        )
+        advice = f"start one there with `revseg sidecar --port {port}`"
+        if "handshake" in details(last).lower():
+            advice = f"the TLS handshake with {endpoint.address} failed: check certificates and the authority given"
+        return f"no tracker sidecar answers at {addresses} (waited {seconds:.0f} s); {advice}"
+
+
+def retry_hint(error: grpc.RpcError) -> float | None:
+    """After how many seconds a full sidecar wants to be asked again; None when it said nothing of the kind."""
+    if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return None
+    hints = [value for key, value in error.trailing_metadata() or () if key == RETRY_KEY]
+    return int(hints[0]) / 1000 if hints and hints[0].isdigit() else None
+
+
+def _failure(endpoint: Endpoint, error: grpc.RpcError) -> InputError | RunFailure:
+    """What an answer that another attempt would not change means to the caller."""
+    where = f"tracker sidecar at {endpoint.address}"
+    match error.code():
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InputError(f"tracker: {details(error)}")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return InputError(f"{where} refuses the call: {details(error)} (tracker.token_file, --token-file)")
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return RunFailure(
+                f"{where} did not answer in time; is it overloaded, or tracker.deadline_seconds too short?"
+            )
+        case _:
+            return RunFailure(f"{where} failed: {details(error)}")
 
 
 def details(error: grpc.RpcError) -> str:

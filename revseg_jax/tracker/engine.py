@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from revseg_jax.errors import InputError
 from revseg_jax.tracker.clips import Clip
+from revseg_jax.tracker.decoding import decode_images
 from revseg_jax.tracker.propagation import plan, propagate, unsupported
+from revseg_jax.tracker.turns import Call, Turns
 
 Prompt = tuple[int, tuple[float, float, float, float]]  # keyframe and box x1, y1, x2, y2 in pixels of the clip
 
@@ -36,8 +37,9 @@ class Engine:
         self.prompts_together = max(4, min(64, (1 << 22) // model.image_size**2))
         self.frames_together = max(1, min(16, (1 << 21) // model.image_size**2))
         self._features: OrderedDict[tuple[str, int], list[Tensor]] = OrderedDict()
-        self._held_bytes = 0
-        self._model_lock = threading.Lock()
+        self.held_bytes = 0  # of features
+        self.hits = self.misses = 0  # frames whose features were asked for: held, or computed
+        self.turns = Turns()
 
     def track(
         self, clip: Clip, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
@@ -48,37 +50,51 @@ class Engine:
         then those before it going backward. Equal prompts should be merged by the caller. The model is free for other
         calls between two steps.
         """
-        wanted = None if frames is None else frozenset(frames)
+        wanted, call = None if frames is None else frozenset(frames), self.turns.arrive()
+        for chosen in self._batches(clip, prompts):
+            yield from self._track_together(call, clip, prompts, chosen, wanted)
+
+    def segment(self, clip: Clip, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
+        """As `track`, but each prompt on its keyframe alone, as SAM2ImagePredictor segments an image."""
+        call = self.turns.arrive()
+        for chosen in self._batches(clip, prompts):
+            frames = [prompts[index][0] for index in chosen]
+            with call.turn(), torch.inference_mode(), self._autocast():
+                *fine, top = self._look_up(clip, frames)
+                logits = decode_images(self.model, top, fine, self._boxes(clip, prompts, chosen))
+                masks = _masks(logits, clip)
+            yield chosen, frames, masks
+
+    def _batches(self, clip: Clip, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Indices into prompts, by keyframe, as many at a time as go through the model together."""
         order = sorted(range(len(prompts)), key=lambda index: prompts[index][0])
         together = min(self.prompts_together, max(1, (1 << 26) // (clip.height * clip.width)))
-        for start in range(0, len(order), together):
-            yield from self._track_together(clip, prompts, order[start : start + together], wanted)
+        return (order[start : start + together] for start in range(0, len(order), together))
+
+    def _boxes(self, clip: Clip, prompts: Sequence[Prompt], chosen: list[int]) -> Tensor:
+        """float32 [n, 4] in pixels of the model's frames."""
+        size = torch.tensor([clip.width, clip.height, clip.width, clip.height])
+        boxes = torch.tensor([prompts[index][1] for index in chosen], dtype=torch.float32) / size * self.image_size
+        return boxes.to(self.model.device)
 
     def _track_together(
-        self, clip: Clip, prompts: Sequence[Prompt], chosen: list[int], wanted: frozenset[int] | None
+        self, call: Call, clip: Clip, prompts: Sequence[Prompt], chosen: list[int], wanted: frozenset[int] | None
     ) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
-        model = self.model
-        size = torch.tensor([clip.width, clip.height, clip.width, clip.height])
-        boxes = torch.tensor([prompts[index][1] for index in chosen], dtype=torch.float32) / size * model.image_size
         steps = propagate(
-            model,
+            self.model,
             clip.frames,
             lambda frames: self._look_up(clip, frames),
-            [plan(model, clip.frames, prompts[index][0], wanted) for index in chosen],
-            boxes.to(model.device),
+            [plan(self.model, clip.frames, prompts[index][0], wanted) for index in chosen],
+            self._boxes(clip, prompts, chosen),
         )
         while True:
-            with self._model_lock, torch.inference_mode(), self._autocast():
+            with call.turn(), torch.inference_mode(), self._autocast():
                 step = next(steps, None)
                 if step is None:
                     return
                 rows, at, logits = step
                 keep = [n for n, frame in enumerate(at) if wanted is None or frame in wanted]
-                logits = logits[keep]
-                if logits.shape[-2:] != (clip.height, clip.width):
-                    shape = (clip.height, clip.width)
-                    logits = F.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
-                masks = (logits[:, 0] > 0).cpu().numpy()
+                masks = _masks(logits[keep], clip)
             if keep:
                 yield [chosen[rows[n]] for n in keep], [at[n] for n in keep], masks
 
@@ -97,22 +113,31 @@ class Engine:
     def _cached_or_computed(self, clip: Clip, frame: int) -> dict[int, list[Tensor]]:
         key = (clip.clip_id, frame)
         if key in self._features:
+            self.hits += 1
             self._features.move_to_end(key)
             return {frame: self._features[key]}
         # Neighbours will be asked for next, and together they cost less.
         first = frame - frame % self.frames_together
         block = range(first, min(first + self.frames_together, clip.frames))
         missing = [index for index in block if (clip.clip_id, index) not in self._features]
+        self.misses += len(missing)
         images = np.stack([clip.frame(index, self.image_size) for index in missing])
         levels = self.model.forward_image(_normalise(torch.from_numpy(images).to(self.model.device)))["backbone_fpn"]
         levels = levels[-self.model.num_feature_levels :]
         computed = {index: [level[n : n + 1].clone() for level in levels] for n, index in enumerate(missing)}
         for index, maps in computed.items():
             self._features[clip.clip_id, index] = maps
-            self._held_bytes += _bytes(maps)
-        while self._held_bytes > self.feature_bytes and self._features:
-            self._held_bytes -= _bytes(self._features.popitem(last=False)[1])
+            self.held_bytes += _bytes(maps)
+        while self.held_bytes > self.feature_bytes and self._features:
+            self.held_bytes -= _bytes(self._features.popitem(last=False)[1])
         return computed
+
+
+def _masks(logits: Tensor, clip: Clip) -> np.ndarray:
+    """Mask logits [n, 1, S/4, S/4] -> bool [n, clip.height, clip.width]."""
+    if logits.shape[-2:] != (clip.height, clip.width):
+        logits = F.interpolate(logits, size=(clip.height, clip.width), mode="bilinear", align_corners=False)
+    return (logits[:, 0] > 0).cpu().numpy()
 
 
 def _normalise(images: Tensor) -> Tensor:

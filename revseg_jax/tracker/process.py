@@ -32,7 +32,7 @@ def run_sidecar(
     Raises InputError or RunFailure with the sidecar's own last line when it does not come up.
     """
     arguments = {"checkpoint": checkpoint, "config": config, "device": device, "port": port, "parent": os.getpid()}
-    command = [sys.executable, "-m", "revseg_jax.tracker.sidecar"]
+    command = [sys.executable, "-m", "revseg_jax.cli", "sidecar"]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     environment = dict(os.environ)
     if threads is not None:
@@ -66,6 +66,6 @@ def run_sidecar(
 def _failure(code: int, stderr) -> InputError | RunFailure:
     stderr.seek(0)
     lines = stderr.read().decode(errors="replace").strip().splitlines()
-    reason = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+    reason = lines[-1].removeprefix("revseg: error: ") if lines else f"exit code {code}"
     kind = InputError if code == 2 else RunFailure
     return kind(f"the tracker sidecar did not start: {reason}")

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from sam2.modeling.position_encoding import apply_rotary_enc
-from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
+from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 from torch import Tensor
+
+from revseg_jax.tracker.decoding import decode_video
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def propagate(
             conditioned = top + model.no_mem_embed.view(1, -1, 1, 1)
         else:
             conditioned = bank.attend(top, rows, step)
-        masks, pointers, scores = _decode(model, conditioned, fine, boxes if step == 0 else None)
+        masks, pointers, scores = decode_video(model, conditioned, fine, boxes if step == 0 else None)
         bank.store(top, rows, step, masks, pointers, scores)
         yield rows, frames, masks
 
@@ -206,37 +208,6 @@ class _Bank:
             return torch.zeros(*distances.shape, model.mem_dim, device=distances.device)
         width = model.hidden_dim if model.proj_tpos_enc_in_obj_ptrs else model.mem_dim
         return model.obj_ptr_tpos_proj(get_1d_sine_pe(distances / self.pointer_reach, dim=width))
-
-
-def _decode(model: SAM2Base, image: Tensor, fine: list[Tensor], boxes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """SAM's heads on conditioned features [b, C, h, w]: float32 mask logits [b, 1, S/4, S/4], pointers, object scores.
-
-    Differs from SAM2Base._forward_sam_heads in that only the best of several masks goes any further.
-    """
-    count, device = len(image), image.device
-    if boxes is None:
-        points, labels = torch.zeros(count, 1, 2, device=device), torch.full((count, 1), -1, device=device)
-    else:  # SAM takes a box as two points with labels 2 and 3
-        points, labels = boxes.view(count, 2, 2), torch.tensor([[2, 3]], device=device).expand(count, 2)
-    several = model._use_multimask(boxes is not None, None if boxes is None else {"point_labels": labels})
-    sparse, dense = model.sam_prompt_encoder(points=(points, labels), boxes=None, masks=None)
-    masks, ious, tokens, scores = model.sam_mask_decoder(
-        image_embeddings=image,
-        image_pe=model.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=several,
-        repeat_image=False,
-        high_res_features=fine or None,
-    )
-    every, best = torch.arange(count, device=device), ious.argmax(dim=-1)
-    masks = masks[every, best][:, None].float()
-    pointers = model.obj_ptr_proj(tokens[every, best] if tokens.shape[1] > 1 else tokens[:, 0])
-    if model.pred_obj_scores:
-        masks = torch.where(scores[..., None, None] > 0, masks, NO_OBJ_SCORE)
-        present = scores.sigmoid() if model.soft_no_obj_ptr else (scores > 0).float()
-        pointers = (present * pointers if model.fixed_no_obj_ptr else pointers) + (1 - present) * model.no_obj_ptr
-    return masks, pointers, scores
 
 
 def _slot(step: int, reach: int) -> int:

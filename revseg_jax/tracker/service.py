@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
+import re
 import threading
-import traceback
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +20,11 @@ from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker import tracker_pb2_grpc
 from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipTooLarge, ClipWriter, Limits
 from revseg_jax.tracker.engine import Engine, Prompt
-from revseg_jax.tracker.wire import encode_masks
+from revseg_jax.tracker.monitoring import LOGGER, CallRecord, log_call
+from revseg_jax.tracker.wire import RETRY_KEY, decode_masks, encode_masks
+
+RETRY_MILLISECONDS = 500  # a full sidecar's hint; clients spread around it
+FARTHEST = 1 << 24  # pixels from a frame's corner to those of a box
 
 
 @dataclass(frozen=True)
@@ -35,67 +40,86 @@ class _CallerGone(Exception):
     """Nobody waits for this answer any more."""
 
 
+class _Draining(Exception):
+    """This sidecar is shutting down."""
+
+
+class _Full(Exception):
+    """As many calls as this sidecar takes are under way."""
+
+
+_CODES = {
+    InputError: grpc.StatusCode.INVALID_ARGUMENT,
+    ClipNotHeld: grpc.StatusCode.NOT_FOUND,
+    ClipTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    MemoryError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OSError: grpc.StatusCode.RESOURCE_EXHAUSTED,  # the disk that holds the clips is full
+    _CallerGone: grpc.StatusCode.CANCELLED,
+    _Draining: grpc.StatusCode.UNAVAILABLE,
+    _Full: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
 class TrackerService(tracker_pb2_grpc.TrackerServicer):
+    """watchers: told of each call that has ended, besides the log."""
+
     def __init__(self, engine: Engine, description: Description, limits: Limits):
         self.engine, self.description, self.limits = engine, description, limits
         self.store = ClipStore(limits)
-        self._calls, self._draining = 0, False
+        self._callers: Counter[str] = Counter()  # calls under way, by connection
+        self.watchers: list[Callable[[CallRecord], None]] = [log_call]
+        self._draining = False
         self._changed = threading.Condition()
 
+    @property
+    def calls(self) -> int:
+        """How many are under way."""
+        return self._callers.total()
+
     def PutClip(self, requests, context):
-        with self._call(context):
+        with self._call(context, "PutClip") as record:
             first = next(requests, None)
             if first is None or first.WhichOneof("part") != "header":
                 raise InputError("header: must come first")
             header = first.header
+            clip_id, truth_id = _name(header, "clip_id", needed=False), _name(header, "truth_id", needed=False)
+            record["clip"] = clip_id
             writer = ClipWriter(
                 header.height, header.width, header.encoding, header.frame_height, header.frame_width, self.limits
             )
-            counts: list[bytes] = []
-            for request in requests:
-                part = request.WhichOneof("part")
-                if part == "piece":
-                    writer.add(request.piece.data, request.piece.last)
-                elif part == "truth":
-                    counts.extend(request.truth.counts)
-                    if len(counts) > self.limits.max_frames:
-                        raise InputError(f"truth: more than {self.limits.max_frames} masks")
-                else:
-                    raise InputError("part: frames or truth must follow the header")
-            clip_id = header.clip_id
-            if writer.pending or len(writer.offsets) > 1:
-                clip = self.store.put(writer.close(clip_id))
-                clip_id = clip.clip_id
+            counts = self._receive(requests, writer)
+            if not writer.empty:
+                clip_id = record["clip"] = self.store.put(writer.close(clip_id)).clip_id
             try:
                 clip = self.store.get(clip_id)
             except ClipNotHeld:
                 return pb.PutClipReply(clip_id=clip_id)
             if counts:
-                clip.add_truth(header.truth_id, counts, self.limits)
-            return pb.PutClipReply(clip_id=clip_id, clip_held=True, truth_held=header.truth_id in clip.truths)
+                self.store.add_truth(clip, truth_id, counts)
+            return pb.PutClipReply(clip_id=clip_id, clip_held=True, truth_held=truth_id in clip.truths)
 
     def Track(self, request, context):
-        with self._call(context):
-            clip = self.store.get(request.clip_id)
-            prompts, ids = _prompts(request.prompts, clip, self.limits)
-            frames = _frames(request.frames, clip)
-            for which, at, masks in self.engine.track(clip, prompts, frames):
-                found = zip(which, at, encode_masks(masks), strict=True)
-                yield pb.TrackReply(masks=[pb.Mask(prompt_ids=ids[p], frame=t, counts=c) for p, t, c in found])
+        with self._call(context, "Track", request):
+            clip = self.store.get(_name(request, "clip_id"))
+            prompts, ids = self._prompts(request.prompts, clip)
+            frames = self._frames(request, clip)
+            for found in self.engine.track(clip, prompts, frames or None):
+                yield _reply(ids, *found)
 
     def Score(self, request, context):
-        with self._call(context):
-            clip = self.store.get(request.clip_id)
-            prompts, ids = _prompts(request.prompts, clip, self.limits)
-            frames = list(range(clip.frames)) if not request.frames else _frames(request.frames, clip)
+        with self._call(context, "Score", request):
+            clip = self.store.get(_name(request, "clip_id"))
+            prompts, ids = self._prompts(request.prompts, clip)
+            frames = self._frames(request, clip) or list(range(clip.frames))
+            truth = clip.truth(_name(request, "truth_id"))
             column = {frame: n for n, frame in enumerate(frames)}
-            truth = clip.truth(request.truth_id, frames)
             j, f = np.full((2, len(prompts), len(frames)), np.nan)
             for which, at, masks in self.engine.track(clip, prompts, frames):
+                true_masks = decode_masks([truth[frame] for frame in at], clip.height, clip.width)
                 columns = [column[frame] for frame in at]
-                j[which, columns] = region_similarity(masks, truth[columns])
+                j[which, columns] = region_similarity(masks, true_masks)
                 if not request.skip_contour:
-                    f[which, columns] = contour_accuracy(masks, truth[columns])
+                    f[which, columns] = contour_accuracy(masks, true_masks)
                 if not context.is_active():
                     raise _CallerGone
             scores = (
@@ -104,6 +128,13 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
                 for i in same
             )
             return pb.ScoreReply(scores=scores)
+
+    def SegmentFrames(self, request, context):
+        with self._call(context, "SegmentFrames", request):
+            clip = self.store.get(_name(request, "clip_id"))
+            prompts, ids = self._prompts(request.prompts, clip, self.limits.max_frames)
+            for found in self.engine.segment(clip, prompts):
+                yield _reply(ids, *found)
 
     def Info(self, request, context):
         return pb.InfoReply(
@@ -116,62 +147,124 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             max_pixels=self.limits.max_pixels,
             max_prompts=self.limits.max_prompts,
             clips_held=len(self.store),
+            max_masks=self.limits.max_masks,
+            max_calls=self.limits.max_calls,
         )
 
     def drain(self, seconds: float) -> bool:
         """Refuses new calls and waits for those under way. False when some were still running after `seconds`."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: self._calls == 0, seconds)
+            return self._changed.wait_for(lambda: self.calls == 0, seconds)
+
+    def refused(self, method: str) -> None:
+        """A call that came without the token."""
+        self._tell(CallRecord(method.rpartition("/")[2], grpc.StatusCode.UNAUTHENTICATED.name, 0.0))
 
     @contextmanager
-    def _call(self, context) -> Iterator[None]:
-        """Counts the call, and turns what goes wrong in it into a status."""
-        with self._changed:
-            refused = self._draining
-            self._calls += not refused
-        if refused:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the sidecar is shutting down")
+    def _call(self, context, method: str, request=None) -> Iterator[dict[str, str]]:
+        """Counts and records the call, and turns what goes wrong in it into a status.
+
+        Yields what may still be added to its record.
+        """
+        began, peer, record = time.monotonic(), context.peer(), {"clip": getattr(request, "clip_id", "")[:64]}
+        code, message = grpc.StatusCode.CANCELLED, ""  # unless it comes to an end
+        admitted = False
         try:
-            yield
-        except InputError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except ClipNotHeld as error:
-            context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        except (ClipTooLarge, MemoryError, OSError) as error:  # OSError: the disk that holds the clips is full
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{type(error).__name__}: {error}")
-        except _CallerGone:
-            context.abort(grpc.StatusCode.CANCELLED, "the caller is gone")
+            admitted = self._admit(peer)
+            yield record
+            code = grpc.StatusCode.OK
         except grpc.RpcError:  # the caller went away while its frames were read
             raise
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            kind = next((kind for kind in _CODES if isinstance(error, kind)), None)
+            code = _CODES.get(kind, grpc.StatusCode.INTERNAL)
+            expected = kind not in (None, MemoryError, OSError)
+            message = (str(error) or kind.__doc__) if expected else f"{type(error).__name__}: {error}"
+            if kind is None:
+                LOGGER.exception("failed")
+            if kind is _Full:
+                context.set_trailing_metadata(((RETRY_KEY, str(RETRY_MILLISECONDS)),))
+            context.abort(code, message)
         finally:
-            with self._changed:
-                self._calls -= 1
-                self._changed.notify_all()
+            if admitted:
+                with self._changed:
+                    self._callers -= Counter([peer])
+                    self._changed.notify_all()
+            prompts = len(request.prompts) if request is not None else 0
+            seconds = time.monotonic() - began
+            self._tell(CallRecord(method, code.name, seconds, peer, record["clip"], prompts, message))
+
+    def _admit(self, peer: str) -> bool:
+        with self._changed:
+            if self._draining:
+                raise _Draining
+            if self.calls >= self.limits.max_calls or self._callers[peer] >= self.limits.max_calls_together:
+                raise _Full
+            self._callers[peer] += 1
+        return True
+
+    def _tell(self, record: CallRecord) -> None:
+        for watcher in self.watchers:
+            watcher(record)
+
+    def _receive(self, requests, writer: ClipWriter) -> list[bytes]:
+        """Gives the frames that follow a header to the writer; returns the truth's masks."""
+        counts, size = [], 0
+        for request in requests:
+            part = request.WhichOneof("part")
+            if part == "piece":
+                writer.add(request.piece.data, request.piece.last)
+            elif part == "truth":
+                counts.extend(request.truth.counts)
+                size += sum(map(len, request.truth.counts))
+                if len(counts) > self.limits.max_frames or size > self.limits.truth_bytes:
+                    most = f"{self.limits.max_frames} masks or {self.limits.truth_bytes} bytes"
+                    raise InputError(f"truth: more than {most}")
+            else:
+                raise InputError("part: frames or truth must follow the header")
+        return counts
+
+    def _prompts(
+        self, requested: Sequence[pb.Prompt], clip: Clip, most: int | None = None
+    ) -> tuple[list[Prompt], list[list[int]]]:
+        """The different prompts, and the ids each of them answers for."""
+        most = most or self.limits.max_prompts
+        if not 1 <= len(requested) <= most:
+            raise InputError(f"prompts: {len(requested)} of them, not between 1 and {most}")
+        ids: dict[Prompt, list[int]] = {}
+        for prompt in requested:
+            box = (prompt.x1, prompt.y1, prompt.x2, prompt.y2)
+            if not 0 <= prompt.keyframe < clip.frames:
+                raise InputError(f"keyframe: {prompt.keyframe} in a clip of {clip.frames} frames")
+            if not all(map(math.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
+                raise InputError(f"box: {box} is empty or not finite")
+            if box[2] <= 0 or box[3] <= 0 or box[0] >= clip.width or box[1] >= clip.height:
+                raise InputError(f"box: {box} lies outside the frame of {clip.width} x {clip.height} pixels")
+            if max(map(abs, box)) > FARTHEST:
+                raise InputError(f"box: {box} reaches farther than {FARTHEST} pixels")
+            ids.setdefault((prompt.keyframe, box), []).append(prompt.prompt_id)
+        return list(ids), list(ids.values())
+
+    def _frames(self, request: pb.TrackRequest | pb.ScoreRequest, clip: Clip) -> list[int]:
+        """The frames asked for; none means all."""
+        requested = request.frames
+        if len(set(requested)) != len(requested) or max(requested, default=0) >= clip.frames:
+            raise InputError(f"frames: must be different and below {clip.frames}")
+        masks = len(request.prompts) * (len(requested) or clip.frames)
+        if masks > self.limits.max_masks:
+            raise InputError(f"prompts: {masks} masks asked for, {self.limits.max_masks} at most in a call")
+        return list(requested)
 
 
-def _prompts(requested: Sequence[pb.Prompt], clip: Clip, limits: Limits) -> tuple[list[Prompt], list[list[int]]]:
-    """The different prompts, and the ids each of them answers for."""
-    if not 1 <= len(requested) <= limits.max_prompts:
-        raise InputError(f"prompts: {len(requested)} of them, not between 1 and {limits.max_prompts}")
-    ids: dict[Prompt, list[int]] = {}
-    for prompt in requested:
-        box = (prompt.x1, prompt.y1, prompt.x2, prompt.y2)
-        if not 0 <= prompt.keyframe < clip.frames:
-            raise InputError(f"keyframe: {prompt.keyframe} in a clip of {clip.frames} frames")
-        if not all(map(math.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
-            raise InputError(f"box: {box} is empty or not finite")
-        if box[2] <= 0 or box[3] <= 0 or box[0] >= clip.width or box[1] >= clip.height:
-            raise InputError(f"box: {box} lies outside the frame of {clip.width} x {clip.height} pixels")
-        ids.setdefault((prompt.keyframe, box), []).append(prompt.prompt_id)
-    return list(ids), list(ids.values())
+def _name(message, field: str, needed: bool = True) -> str:
+    """The clip_id or truth_id of a message."""
+    name = getattr(message, field)
+    if (name or needed) and not re.fullmatch("[0-9a-f]{64}", name):
+        raise InputError(f"{field}: not a SHA-256 in hexadecimal")
+    return name
 
 
-def _frames(requested: Sequence[int], clip: Clip) -> list[int] | None:
-    """The frames asked for; None means all."""
-    if len(set(requested)) != len(requested) or any(frame >= clip.frames for frame in requested):
-        raise InputError(f"frames: must be different and below {clip.frames}")
-    return list(requested) or None
+def _reply(ids: list[list[int]], which: list[int], at: list[int], masks: np.ndarray) -> pb.TrackReply:
+    found = zip(which, at, encode_masks(masks), strict=True)
+    return pb.TrackReply(masks=[pb.Mask(prompt_ids=ids[p], frame=t, counts=c) for p, t, c in found])

@@ -29,7 +29,9 @@ class TrackerStub:
     """SAM2 behind gRPC: a clip is sent once and named by the hash of its content, prompts refer to it.
 
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
-    put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: the clip does not fit.
+    put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
+    metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
+    lacks "authorization: Bearer TOKEN".
     """
 
     def __init__(self, channel):
@@ -53,6 +55,11 @@ class TrackerStub:
                 request_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreReply.FromString,
                 _registered_method=True)
+        self.SegmentFrames = channel.unary_stream(
+                '/revseg.tracker.v1.Tracker/SegmentFrames',
+                request_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.SegmentFramesRequest.SerializeToString,
+                response_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.TrackReply.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/revseg.tracker.v1.Tracker/Info',
                 request_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.InfoRequest.SerializeToString,
@@ -64,7 +71,9 @@ class TrackerServicer:
     """SAM2 behind gRPC: a clip is sent once and named by the hash of its content, prompts refer to it.
 
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
-    put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: the clip does not fit.
+    put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
+    metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
+    lacks "authorization: Bearer TOKEN".
     """
 
     def PutClip(self, request_iterator, context):
@@ -84,6 +93,13 @@ class TrackerServicer:
 
     def Score(self, request, context):
         """The same, but compared with the clip's truth; no masks on the wire.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SegmentFrames(self, request, context):
+        """Each prompt on its keyframe alone, as SAM2 segments an image: nothing is tracked or remembered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,6 +129,11 @@ def add_TrackerServicer_to_server(servicer, server):
                     request_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreRequest.FromString,
                     response_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreReply.SerializeToString,
             ),
+            'SegmentFrames': grpc.unary_stream_rpc_method_handler(
+                    servicer.SegmentFrames,
+                    request_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.SegmentFramesRequest.FromString,
+                    response_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.TrackReply.SerializeToString,
+            ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
                     request_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.InfoRequest.FromString,
@@ -130,7 +151,9 @@ class Tracker:
     """SAM2 behind gRPC: a clip is sent once and named by the hash of its content, prompts refer to it.
 
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
-    put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: the clip does not fit.
+    put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
+    metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
+    lacks "authorization: Bearer TOKEN".
     """
 
     @staticmethod
@@ -204,6 +227,33 @@ class Tracker:
             '/revseg.tracker.v1.Tracker/Score',
             revseg__jax_dot_tracker_dot_tracker__pb2.ScoreRequest.SerializeToString,
             revseg__jax_dot_tracker_dot_tracker__pb2.ScoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SegmentFrames(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/revseg.tracker.v1.Tracker/SegmentFrames',
+            revseg__jax_dot_tracker_dot_tracker__pb2.SegmentFramesRequest.SerializeToString,
+            revseg__jax_dot_tracker_dot_tracker__pb2.TrackReply.FromString,
             options,
             channel_credentials,
             insecure,

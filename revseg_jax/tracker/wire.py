@@ -14,6 +14,7 @@ from revseg_jax.errors import InputError
 PIECE_BYTES = 1 << 20  # frames travel in pieces of at most this size
 MESSAGE_BYTES = 4 << 20  # the largest request a sidecar takes
 REPLY_BYTES = 64 << 20  # the largest reply a client takes
+RETRY_KEY = "grpc-retry-pushback-ms"  # trailing metadata of a full sidecar's answer: when to ask again
 
 
 class ClipHash:
@@ -59,8 +60,22 @@ def decode_masks(counts: Iterable[bytes], height: int, width: int) -> np.ndarray
     return masks
 
 
+def check_counts(counts: bytes, height: int, width: int) -> None:
+    """Raises InputError as `decode_masks` does, without a mask's memory: a few bytes may stand for any size."""
+    if counts:
+        _runs(counts, height, width)
+
+
 def _decode(text: bytes, height: int, width: int) -> np.ndarray:
+    runs = _runs(text, height, width)
+    values = np.arange(len(runs)) % 2 == 1  # the first run is background
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _runs(text: bytes, height: int, width: int) -> np.ndarray:
     """COCO's format: numbers in base 32, lowest digit first, each from the third on less the one two before it."""
+    if len(text) > 8 * (height * width + 1):
+        raise InputError(f"not an RLE of {height} x {width} pixels: too long")
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((digits & 32) == 0)  # a digit without the bit for "more follow" ends its number
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -76,5 +91,4 @@ def _decode(text: bytes, height: int, width: int) -> np.ndarray:
     runs[2::2] = np.cumsum(runs[2::2])
     if runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
         raise InputError(f"not an RLE of {height} x {width} pixels")
-    values = np.arange(len(runs)) % 2 == 1  # the first run is background
-    return np.repeat(values, runs).reshape(width, height).T
+    return runs

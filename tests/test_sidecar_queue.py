@@ -1,0 +1,106 @@
+"""Many callers, few turns: a full sidecar says so, and nobody waits for somebody else's slowness."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, some_prompts
+
+from revseg_jax.tracker import SidecarAway, TrackerClient, connection, tracker_pb2_grpc
+from revseg_jax.tracker import tracker_pb2 as pb
+from revseg_jax.tracker.clips import Limits
+from revseg_jax.tracker.turns import TURNS_BEFORE_OTHERS, Turns
+from revseg_jax.tracker.upload import clip_upload
+
+pytest_plugins = ["tracker_fixtures"]
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_turns_are_taken_in_order_of_arrival():
+    turns, order = Turns(), []
+    calls = [turns.arrive() for _ in range(4)]
+    calls[1]._had = TURNS_BEFORE_OTHERS  # it had many turns already
+
+    def take(n: int) -> None:
+        with calls[n].turn():
+            order.append(n)
+
+    with turns.arrive().turn():
+        threads = [threading.Thread(target=take, args=(n,)) for n in (3, 1, 2, 0)]
+        for n, thread in enumerate(threads, start=1):
+            thread.start()
+            until(lambda n=n: len(turns) == n)
+        assert not order
+    for thread in threads:
+        thread.join(60)
+    assert order == [0, 2, 3, 1] and len(turns) == 0
+
+
+def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
+    service, port = serving(Limits(max_calls=1))
+    hints, asked = [], []
+    read = connection.retry_hint
+    monkeypatch.setattr(connection, "retry_hint", lambda error: hints.append(read(error)) or hints[-1])
+    clip, truth = moving_shapes(2), np.ones((2, HEIGHT, WIDTH), bool)
+    with TrackerClient([f"127.0.0.1:{port}"]) as client, TrackerClient([f"127.0.0.1:{port}"]) as second:
+        alone = client.score(clip, [(0, BOX)], truth)
+        second.score(clip, [(0, BOX)], truth)
+        second._connections.patience_seconds = 0.0
+        with service.engine.turns.arrive().turn():  # the model is busy for as long as we want
+            first = client.score_async(clip, [(0, BOX)], truth)
+            until(lambda: service.calls == 1)
+            with pytest.raises(SidecarAway, match="has been full"):
+                second.score(clip, [(0, BOX)], truth)
+            assert hints[-1] == 0.5
+            second._connections.patience_seconds = 60.0
+            asked.append(second.score_async(clip, [(1, BOX)], truth))
+            until(lambda: len(hints) > 4)  # told more than once to come back
+            assert second.info().max_calls == 1  # other answers cost no turn
+        assert first.result(60).j == alone.j
+        assert asked[0].result(60).j.shape == (1,)
+
+
+def test_slow_callers_keep_nobody_waiting(serving):
+    """One stops in the middle of sending a clip, one takes no masks; a third gets its answers."""
+    service, port = serving()
+    clip, prompts = moving_shapes(11), some_prompts(12, 11)
+    upload = clip_upload(clip, service.engine.image_size)
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        expected = client.track(clip, prompts[:1])
+        options = [
+            ("grpc.http2.lookahead_bytes", 1),
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as slow:
+            stub, go_on = tracker_pb2_grpc.TrackerStub(slow), threading.Event()
+
+            def half_a_clip():
+                messages = list(upload.messages())
+                yield from messages[:5]
+                go_on.wait(60)
+                yield from messages[5:]
+
+            sending = stub.PutClip.future(half_a_clip())
+            request = pb.TrackRequest(clip_id=upload.header.clip_id)
+            for n, (keyframe, box) in enumerate(prompts):
+                request.prompts.add(prompt_id=n, keyframe=keyframe, x1=box[0], y1=box[1], x2=box[2], y2=box[3])
+            masks = stub.Track(request)
+            until(lambda: service.calls == 2)
+            until(lambda: len(service.engine.turns) == 0)
+            np.testing.assert_array_equal(client.track(clip, prompts[:1]), expected)
+            assert service.calls == 2  # both are still there
+            go_on.set()
+            assert sending.result(60).clip_held
+            assert sum(len(reply.masks) for reply in masks) == 12 * 11
+    until(lambda: service.calls == 0)
