@@ -90,6 +90,13 @@ def parser() -> Parser:
     prepare.add_argument("--clips", type=int, nargs=2, default=(400, 96), metavar=("TRAIN", "TEST"), help="synthetic")
     prepare.add_argument("--seed", type=int, default=0, help="synthetic")
 
+    drop = command("filter", run_filter, "Drop training videos whose objects SAM2 cannot segment from their true box.")
+    drop.add_argument(
+        "folder", metavar="PREPARED", help="folder written by revseg prepare; its train split is filtered"
+    )
+    drop.add_argument("--threshold", type=float, default=0.6, help="least mean mask IoU (default: %(default)s)")
+    configurable(drop)
+
     segment = command("segment", run_segment, "Answer a question about a video with masks.")
     segment.add_argument("video", help="a video file or a folder of frames")
     segment.add_argument("query", help='such as "which vehicle suits a family outing?"')
@@ -180,6 +187,13 @@ def run_prepare(options: argparse.Namespace) -> None:
     else:
         prepared = prepare(options.dataset, options.source, options.out, options.split, options.strict, options.workers)
     print(summary_text(prepared, options.out))
+
+
+def run_filter(options: argparse.Namespace) -> None:
+    config = load(options, ["run.dir=."])
+    from revseg_jax import filter
+
+    filter.main(options.folder, options.threshold, config)
 
 
 def run_segment(options: argparse.Namespace) -> None:

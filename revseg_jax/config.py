@@ -59,6 +59,7 @@ class PolicyConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: list[str] = field(default_factory=list)  # folders written by `revseg prepare` (array_record)
+    weights: list[float] = field(default_factory=list)  # share of each folder in training; none: by its size
     test: list[str] = field(default_factory=list)
     train_split: str = "train"
     test_split: str = "test"

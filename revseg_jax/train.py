@@ -56,7 +56,7 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
 
     On SIGTERM the current phase is finished, the rest of its step given up, and the last whole step saved.
     """
-    source = ClipSource(config.data.train, config.data.train_split)
+    source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
     with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints)) as run:
         return run_steps(config, loaded, client, source, run, interruption)
 

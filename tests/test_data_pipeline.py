@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from revseg_jax.config import ChainConfig
 from revseg_jax.data import pipeline, prepared, records, synthetic_builder
 from revseg_jax.data.clip import Clip, boxes_and_areas, decode_frame, decode_mask, encode_mask, union
+from revseg_jax.data.filtered import write_decisions
 from revseg_jax.data.frames import encode_frame, resize_square
 from revseg_jax.data.pipeline import make_example, stack, training_steps
 from revseg_jax.data.prepared import read_prepared
@@ -441,3 +442,59 @@ def test_the_reversed_split_is_the_test_split_backwards(folder):
 def test_records_module_imports_tfds_lazily():
     """Reading clips of real videos must not pay for TFDS at import."""
     assert "tensorflow_datasets" not in vars(records)
+
+
+# --- mixtures and dropped videos -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "other"
+    prepare_synthetic(path, "easy", 2, 0, SEED + 1, progress=False)
+    return path
+
+
+def test_mixtures_take_turns_by_weight(folder, other):
+    """A quarter of what is shown is of the small folder, each folder has whole epochs of its own, and the processes
+    still share every step."""
+    source = ClipSource([folder, other], "train", weights=[3, 1])
+    large, small = source.parts()
+    assert (large.start, large.stop, small.stop) == (0, len(ClipSource([folder], "train")), len(source))
+    order = [int(i) for i in pipeline._order(source, seed=4)[: 4 * len(small) * 2]]
+    shown = [i for i in order if i in small]
+    assert len(shown) == 2 * len(small)
+    assert sorted(shown[: len(small)]) == sorted(shown[len(small) :]) == list(small)
+    assert shown[: len(small)] != shown[len(small) :]
+    assert all(abs(sum(i in small for i in order[:n]) - n / 4) <= 1 for n in range(len(order)))
+    whole = take(training_steps(source, CHAIN, 4, seed=4), 3)
+    parts = [take(training_steps(source, CHAIN, 4, 4, process, 2), 3) for process in range(2)]
+    for step, batch in enumerate(whole):
+        assert ids(batch) == [pair for part in parts for pair in ids(part[step])]
+    iterator = iter(training_steps(source, CHAIN, 4, seed=4))
+    next(iterator)
+    resumed = iter(training_steps(source, CHAIN, 4, seed=4))
+    resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+    assert equal(next(resumed), whole[1])
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -2], [1, 1, 1]])
+def test_bad_weights(folder, other, weights):
+    with pytest.raises(InputError, match="data.weights"):
+        ClipSource([folder, other], "train", weights)
+
+
+def test_dropped_videos_are_left_out(tmp_path, folder, source):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    gone = source.ids()[0][0]
+    write_decisions(copy, {"split": "train", "dropped": [gone]})
+    left = ClipSource([copy], "train")
+    assert left.ids() == [pair for pair in source.ids() if pair[0] != gone]
+    assert [(left[i].video_id, left[i].expression_id) for i in range(len(left))] == left.ids()
+    assert left.fingerprints != source.fingerprints
+    assert ClipSource([copy], "test").ids() == ClipSource([folder], "test").ids()
+    (copy / "filter.json").write_text("{")
+    with pytest.raises(InputError, match="filter.json cannot be read"):
+        ClipSource([copy], "train")

@@ -108,14 +108,26 @@ def stack(examples: Sequence[Example]) -> Batch:
     return Batch(**columns)
 
 
+def _order(source: ClipSource, seed: int) -> grain.MapDataset:
+    """Pairs of the source, endlessly. repeat() shuffles anew in each epoch; an epoch's last prompts share their step
+    with the next one's first. In a mixture each folder has epochs of its own, and the folders take turns by weight."""
+    if not source.weights:
+        return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    parts = source.parts()
+    if not all(parts):
+        raise InputError("a folder of a mixture holds no pair: leave it out of data.train and data.weights")
+    ranges = [grain.MapDataset.range(part.start, part.stop) for part in parts]
+    orders = [order.seed(seed + number).shuffle().repeat() for number, order in enumerate(ranges)]
+    return grain.MapDataset.mix(orders, list(source.weights))
+
+
 class _Examples:
     """This process's Examples, in the order in which training takes them."""
 
     def __init__(self, source: ClipSource, chain: ChainConfig, prompts: int, seed: int, process: int, processes: int):
         self._source, self._chain, self._prompts = source, chain, prompts
         self._share, self._first = prompts // processes, process * prompts // processes
-        # repeat() shuffles anew in each epoch; an epoch's last prompts share their step with the next one's first.
-        self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._order = _order(source, seed)
 
     def __len__(self) -> int:
         return len(self._order) // self._prompts * self._share

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from revseg_jax.data.clip import Clip
+from revseg_jax.data.filtered import fingerprint_without, read_dropped
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import VideoTruth, clip_of, truth_of
 from revseg_jax.errors import InputError
@@ -16,13 +17,20 @@ from revseg_jax.errors import InputError
 class ClipSource:
     """`len(source)` pairs; `source[i]` is a Clip with all its frames, still encoded, and masks.
 
-    Pairs are ordered by folder, video and expression. Files are opened on first use, so that a source can be sent to
-    worker processes; the last record is kept, since neighbouring pairs often share their video.
+    Pairs are ordered by folder, video and expression; videos that `revseg filter` dropped are left out. Files are
+    opened on first use, so that a source can be sent to worker processes; the last record is kept, since neighbouring
+    pairs often share their video.
     """
 
-    def __init__(self, folders: Sequence[str | Path], split: str) -> None:
+    def __init__(self, folders: Sequence[str | Path], split: str, weights: Sequence[float] = ()) -> None:
+        """weights: of each folder in a mixture, any positive numbers; none: every pair alike. Raises InputError."""
         if not folders:
             raise InputError("no dataset folders given")
+        if weights and (len(weights) != len(folders) or min(weights) <= 0):
+            raise InputError(
+                f"data.weights={list(weights)} must hold a positive number for each of {len(folders)} folders"
+            )
+        self.weights = tuple(weights)
         self.folders, self.split = [str(folder) for folder in folders], split
         self.fingerprints: list[str] = []
         videos: list[tuple[int, int]] = []  # (folder, record) of each video
@@ -32,10 +40,11 @@ class ClipSource:
             if split not in prepared["expressions"]:
                 there = ", ".join(prepared["expressions"])
                 raise InputError(f"{folder} has no split {split!r}, only {there}")
-            expressions = prepared["expressions"][split]
-            videos += [(number, record) for record in range(len(expressions))]
-            self._ids += expressions
-            self.fingerprints.append(prepared["fingerprint"])
+            dropped = read_dropped(folder, split)
+            kept = [(n, item) for n, item in enumerate(prepared["expressions"][split]) if item[0] not in dropped]
+            videos += [(number, record) for record, _ in kept]
+            self._ids += [item for _, item in kept]
+            self.fingerprints.append(fingerprint_without(prepared["fingerprint"], dropped))
         counts = [len(ids) for _, ids in self._ids]
         self._videos, self._ends = videos, np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - counts
@@ -52,6 +61,12 @@ class ClipSource:
             raise IndexError(f"pair {index} of {len(self)}")
         video = int(np.searchsorted(self._ends, index, side="right"))
         return clip_of(self._record(video), int(index - self._starts[video]))
+
+    def parts(self) -> list[range]:
+        """The pairs of each folder."""
+        last = np.searchsorted([folder for folder, _ in self._videos], range(len(self.folders)), side="right")
+        ends = [int(self._ends[videos - 1]) if videos else 0 for videos in last]
+        return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     @property
     def videos(self) -> int:
