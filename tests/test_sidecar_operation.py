@@ -1,0 +1,92 @@
+"""What a sidecar tells its operators, and single frames."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+
+import numpy as np
+import pytest
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, some_prompts, start_sidecar
+
+from revseg_jax.errors import InputError
+from revseg_jax.tracker import TrackerClient
+
+pytest_plugins = ["tracker_fixtures"]
+
+
+# --- single frames
+
+
+@pytest.mark.parametrize("size", [(128, 128), (HEIGHT, WIDTH), (300, 200)])
+def test_frames_are_segmented_as_the_image_predictor_does(serving, model, size):
+    """The predictor gets the frames as the sidecar resizes them: its own resize has another filter."""
+    clip = moving_shapes(5, *size)
+    boxes = [box for _, box in some_prompts(5, 5)]
+    boxes[3] = None
+    service, port = serving()
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        masks = client.segment_frames(clip, boxes)
+        assert client.segment_frames(clip, [None] * 5).sum() == 0
+        with pytest.raises(InputError, match="boxes: 2 of them for a clip of 5"):
+            client.segment_frames(clip, boxes[:2])
+        with pytest.raises(InputError, match="box"):
+            client.segment_frames(clip, [*boxes[:4], (9.0, 9.0, 3.0, 3.0)])
+        assert service.engine.misses == 5  # features are shared with the other calls
+    assert masks.shape == (5, *size) and masks.dtype == bool and not masks[3].any()
+    predictor = SAM2ImagePredictor(model)
+    predictor._bb_feat_sizes = [(32, 32), (16, 16), (8, 8)]  # of the published size otherwise
+    held = next(iter(service.store._clips.values()))
+    for frame, box in enumerate(boxes):
+        if box is not None:
+            predictor.set_image(held.frame(frame, model.image_size).copy())
+            predictor._orig_hw = [size]
+            logits = predictor.predict(box=np.array(box), multimask_output=False, return_logits=True)[0][0]
+            different = masks[frame] != (logits > 0)
+            assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
+            assert 0 < masks[frame].mean() < 1
+
+
+# --- logs and metrics
+
+
+def metrics(port: int) -> dict[str, float]:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    return {name: float(value) for name, value in re.findall(r"^(revseg\S+) (\S+)$", text, re.MULTILINE)}
+
+
+def test_logs_and_metrics(checkpoint, config, tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        process, port = start_sidecar(checkpoint, config, 0, "--metrics-port=0", log=log)
+        try:
+            lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+            assert lines[0]["event"] == "serving" and lines[0]["port"] == port
+            metrics_port = lines[0]["metrics_port"]
+            with TrackerClient([f"127.0.0.1:{port}"]) as client:
+                clip, truth = moving_shapes(4), np.ones((4, HEIGHT, WIDTH), bool)
+                client.score(clip, [(0, BOX)], truth)
+                client.score(clip, [(1, BOX), (2, BOX)], truth)
+                with pytest.raises(InputError):
+                    client.track(clip, [(9, BOX)])
+            seen = metrics(metrics_port)
+            prefix = "revseg_sidecar_"
+            assert seen[f'{prefix}call_seconds_count{{code="OK",method="Score"}}'] == 2
+            assert seen[f'{prefix}call_seconds_count{{code="INVALID_ARGUMENT",method="Track"}}'] == 1
+            assert seen[f"{prefix}feature_misses_total"] == 4 and seen[f"{prefix}feature_hits_total"] >= 8
+            assert seen[f"{prefix}clips_held"] == 1 and seen[f"{prefix}feature_bytes"] > 1e5
+            assert seen[f"{prefix}calls"] == seen[f"{prefix}calls_waiting"] == 0
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    calls = [line for line in lines if line["event"] == "call"]
+    assert [(call["method"], call["code"], call.get("prompts")) for call in calls if call["method"] != "PutClip"] == [
+        ("Score", "OK", 1),
+        ("Score", "OK", 2),
+        ("Track", "INVALID_ARGUMENT", 1),
+    ]
+    assert all(call["seconds"] >= 0 and len(call["clip"]) == 64 and "127.0.0.1" in call["peer"] for call in calls)
+    assert calls[-1]["message"] == "keyframe: 9 in a clip of 4 frames"
+    assert [line["event"] for line in lines[-2:]] == ["draining", "stopped"] and lines[-1]["finished"] is True
