@@ -73,7 +73,12 @@ class TrackerConfig:
     checkpoint: str = "embedded"
     config: str = "embedded"
     threads: int = 0  # of a sidecar started here; 0 leaves it to torch
-    deadline_seconds: float = 120.0
+    deadline_seconds: float = 120.0  # of one request
+    patience: float = 300.0  # seconds that sidecars may be away or full before training saves and stops
+    token_file: str = ""  # holds the sidecars' bearer token; it needs TLS to other machines
+    tls_ca: str = ""  # PEM file of the authority that signed the sidecars' certificates; empty: no TLS
+    tls_certificate: str = ""  # PEM files of this client, for sidecars that ask for a certificate
+    tls_key: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import jax
@@ -31,17 +31,13 @@ from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run_folder import RunFolder
 from revseg_jax.tracker.client import TrackerClient
-from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.connection import SidecarAway
+from revseg_jax.tracker.process import open_tracker
 
 
-@contextmanager
-def tracker_client(config: Config) -> Iterator[TrackerClient]:
+def tracker_client(config: Config) -> AbstractContextManager[TrackerClient]:
     """A client of the configured sidecars, or of one started here for as long as the block lasts."""
-    started = run_sidecar(config.tracker.checkpoint, config.tracker.config, threads=config.tracker.threads or None)
-    with started if not config.tracker.endpoints else nullcontext() as endpoint:
-        endpoints = [endpoint] if endpoint else config.tracker.endpoints
-        with TrackerClient(endpoints, deadline_seconds=config.tracker.deadline_seconds) as client:
-            yield client
+    return open_tracker(config.tracker)
 
 
 def main(config: Config) -> None:
@@ -87,6 +83,7 @@ def run_steps(
 
     # ---- The loop -------------------------------------------------------------------------------------------------
     first = done = saved = int(state.step)
+    away: SidecarAway | None = None
     position = data.get_state()  # behind the last whole step
     bar = tqdm(range(first, config.run.steps), initial=first, total=config.run.steps, desc="train", unit="step")
     for step in bar:
@@ -113,7 +110,11 @@ def run_steps(
         reference_logprobs = learner.reference_logprobs(reference, loaded.frozen, rollouts)
         jax.block_until_ready(reference_logprobs)
         clock.lap("reference")
-        rewards = [row for waiting in pending for row in collect_rewards(config.rewards, batch, waiting)]
+        try:
+            rewards = [row for waiting in pending for row in collect_rewards(config.rewards, batch, waiting)]
+        except SidecarAway as error:
+            away = error
+            break
         clock.lap("reward_wait")
         if interruption.requested:
             break
@@ -142,6 +143,8 @@ def run_steps(
             break
     if done > saved:
         run.checkpoints.save(done, state, position)
+    if away is not None:
+        raise RunFailure(f"{away}; step {done} is saved, the same command goes on from there")
     if done < config.run.steps:
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state

@@ -1,4 +1,4 @@
-"""Starts a sidecar as a process of its own on this machine, for commands that were given no endpoint."""
+"""A client of the sidecars a config names; with none named, a sidecar is started on this machine."""
 
 from __future__ import annotations
 
@@ -7,13 +7,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from revseg_jax.config import TrackerConfig
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.security import TLS, read_token
 
 READY = "sidecar serving on "
 STOP_SECONDS = 70.0  # a little more than the sidecar takes to drain
+
+
+@contextmanager
+def open_tracker(config: TrackerConfig) -> Iterator[TrackerClient]:
+    """A client of the configured sidecars, or of one started here for as long as the block lasts."""
+    started = run_sidecar(config.checkpoint, config.config, threads=config.threads or None)
+    with nullcontext() if config.endpoints else started as endpoint:
+        token = tls = None
+        if config.endpoints and config.token_file:
+            token = read_token(config.token_file)
+        if config.endpoints and (config.tls_ca or config.tls_certificate or config.tls_key):
+            tls = TLS(config.tls_ca or None, config.tls_certificate or None, config.tls_key or None)
+        endpoints = config.endpoints or [endpoint]
+        with TrackerClient(endpoints, config.deadline_seconds, config.patience, token=token, tls=tls) as client:
+            yield client
 
 
 @contextmanager
