@@ -1,0 +1,93 @@
+"""Training while its sidecar dies: back in time, nothing is different; away too long, the run can go on later."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tracker_setup import start_sidecar
+
+from revseg_jax import train
+from revseg_jax.config import load_config
+from revseg_jax.data.synthetic_builder import prepare_synthetic
+from revseg_jax.errors import RunFailure
+from revseg_jax.rollout.loading import load_engine
+from revseg_jax.tracker import TrackerClient
+
+CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
+SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=3", "rollout.prompts_per_batch=1", "run.traces_every=1"]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    prepare_synthetic(folder, "easy", 4, 2, seed=3, progress=False)
+    return folder
+
+
+@pytest.fixture
+def sidecar():
+    """[process, port] of a sidecar that a test may kill and replace."""
+    held = [*start_sidecar(Path("embedded"), Path("embedded"))]
+    yield held
+    held[0].kill()
+    held[0].wait()
+
+
+class KillingClient(TrackerClient):
+    """Kills its sidecar just before request number `at`."""
+
+    def __init__(self, sidecar, at: int, back: bool, patience: float):
+        super().__init__([f"127.0.0.1:{sidecar[1]}"], patience_seconds=patience)
+        self.sidecar, self.at, self.back, self.requests = sidecar, at, back, 0
+
+    def score_async(self, *arguments, **options):
+        if self.requests == self.at:
+            self.sidecar[0].kill()
+            self.sidecar[0].wait()
+            if self.back:
+                threading.Thread(target=self.start_again).start()
+        self.requests += 1
+        return super().score_async(*arguments, **options)
+
+    def start_again(self) -> None:
+        self.sidecar[0], _ = start_sidecar(Path("embedded"), Path("embedded"), self.sidecar[1])
+
+
+def run(clips, client, folder, steps=2):
+    overrides = [*SMALL, f"data.train=[{clips}]", f"run.dir={folder}", f"run.steps={steps}"]
+    config = load_config(CONFIG, overrides)
+    return train.train(config, load_engine(config), client)
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")} for row in rows]
+
+
+def test_a_sidecar_that_dies_changes_nothing(clips, sidecar, tmp_path):
+    with TrackerClient([f"127.0.0.1:{sidecar[1]}"]) as client:
+        state = run(clips, client, tmp_path / "straight")
+    expected = metrics(tmp_path / "straight")
+    assert len(expected) == 2 and any(row["reward/mask"] > 0 for row in expected)
+    # Killed in the second step, and started again while the step waits for its rewards.
+    with KillingClient(sidecar, at=2, back=True, patience=300) as client:
+        again = run(clips, client, tmp_path / "killed")
+        assert client.requests > 2
+    assert metrics(tmp_path / "killed") == expected
+    jax.tree.map(np.testing.assert_array_equal, again.trained, state.trained)
+    # Killed for good.
+    folder = tmp_path / "stopped"
+    with KillingClient(sidecar, at=2, back=False, patience=0.5) as client:
+        with pytest.raises(RunFailure, match=r"no tracker sidecar answers at .*; step 1 is saved, .* goes on") as error:
+            run(clips, client, folder)
+    assert "\n" not in str(error.value) and len(metrics(folder)) == 1
+    sidecar[0], _ = start_sidecar(Path("embedded"), Path("embedded"), sidecar[1])
+    with TrackerClient([f"127.0.0.1:{sidecar[1]}"]) as client:
+        resumed = run(clips, client, folder)
+    assert metrics(folder) == expected
+    jax.tree.map(np.testing.assert_array_equal, resumed.trained, state.trained)
