@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from revseg_jax.errors import InputError
+from revseg_jax.parallel.sharding import parameter_spec
 from revseg_jax.policy.model import Policy
 from revseg_jax.policy.safetensors_files import SHARD_BYTES, StoredTensor, open_checkpoint, write_checkpoint
+
+COPY_BYTES = 256 << 20  # of a tensor that is mapped at a time while it is read
 
 # Published tensor name ("{}": layer number) -> path in the policy, and how many leading axes of our kernel are inputs.
 # A kernel [inputs..., outputs...] is stored as [outputs, inputs], flattened. 0 inputs: the elements keep their order.
@@ -118,22 +122,41 @@ def read_weight(
 ) -> np.ndarray:
     """The part `index` (default: all) of one parameter, cast to `dtype`. Nothing else is read from the files."""
     index = index or (slice(None),) * len(weight.shape)
-    names = weight.names[index[0]] if weight.stacked else weight.names
-    views = [from_stored(weight, tensors[name].array())[index[weight.stacked :]] for name in names]
+    shape = tuple(len(range(size)[cut]) for size, cut in zip(weight.shape, index, strict=True))
+    result = aligned_empty(shape, dtype)
     if not weight.stacked:
-        return np.array(views[0], dtype, order="C")  # a copy: the result must not depend on the file any more
-    result = np.empty((len(views), *views[0].shape), dtype)
-    for layer, view in enumerate(views):
-        result[layer] = view
+        copy_tensor(weight, tensors[weight.names[0]], index, result)
+        return result
+    for name, layer in zip(weight.names[index[0]], result, strict=True):
+        copy_tensor(weight, tensors[name], index[1:], layer)
     return result
 
 
-def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32") -> None:
+def copy_tensor(weight: Weight, tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fills `out` with a part of one layer, mapping some of the file at a time: what is mapped counts as memory."""
+    axis = weight.inputs  # the outermost one of the file
+    step = max(1, COPY_BYTES * out.shape[axis] // out.nbytes)
+    for begin in range(0, out.shape[axis], step):
+        piece = (*[slice(None)] * axis, slice(begin, begin + step))
+        out[piece] = from_stored(weight, tensor.array())[index][piece]
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Like np.empty, at a multiple of 64 bytes: on CPU devices JAX then uses the memory as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32", mesh: Mesh | None = None) -> str:
     """Fills the policy, whose parameters may be abstract (`nnx.eval_shape`), from a checkpoint folder.
 
     Takes float16, bfloat16 and float32 files, one or several with an index, with the published names or those of
-    transformers 5's modules. On the host one stacked parameter is held at a time beside the result. Raises one
-    InputError that names every missing, unexpected or wrongly shaped tensor and every missing or truncated file.
+    transformers 5's modules. With a mesh a process reads the parts that its devices hold, and nothing else. On the host
+    one parameter is held at a time beside the result. Returns the name of the type that holds every stored tensor
+    exactly. Raises one InputError that names every missing, unexpected or wrongly shaped tensor and every missing or
+    truncated file.
     """
     folder = Path(folder)
     stored, problems = open_checkpoint(folder)
@@ -152,8 +175,23 @@ def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32
     if problems:
         raise InputError(f"weights in {folder} do not fit its config.json: {'; '.join(problems)}")
     dtype = np.dtype(jnp.dtype(param_dtype))
-    loaded = [(weight.path, nnx.Param(jnp.asarray(read_weight(weight, tensors, dtype)))) for weight in weights]
-    nnx.update(policy, nnx.from_flat_state(loaded))
+
+    def place(weight: Weight) -> jax.Array:
+        if mesh is None:
+            return jax.device_put(read_weight(weight, tensors, dtype))
+        spec = parameter_spec(".".join(weight.path), weight.shape, mesh)
+        parts: dict[tuple, np.ndarray] = {}  # devices that hold copies of the same part read it once
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple((cut.start, cut.stop) for cut in index)
+            if key not in parts:
+                parts[key] = read_weight(weight, tensors, dtype, index)
+            return parts[key]
+
+        return jax.make_array_from_callback(weight.shape, NamedSharding(mesh, spec), part)
+
+    nnx.update(policy, nnx.from_flat_state([(weight.path, nnx.Param(place(weight))) for weight in weights]))
+    return str(jnp.result_type(*{tensors[name].dtype for name in wanted}))
 
 
 def save_weights(policy: Policy, folder: str | Path, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:

@@ -22,17 +22,17 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: what the header says about it, and its memory map."""
+    """What the header of a file says about one tensor."""
 
-    data: np.memmap  # uint8, the whole file
+    path: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
 
     def array(self) -> np.ndarray:
-        """A view [shape] of the file: bytes are read when its elements are."""
-        size = self.dtype.itemsize * math.prod(self.shape)
-        return self.data[self.start : self.start + size].view(self.dtype).reshape(self.shape)
+        """A view [shape] of the file: bytes are read when its elements are, and leave memory with the view."""
+        # A map of its own for each tensor, because the pages of a map count as this process's memory while it lives.
+        return np.memmap(self.path, self.dtype, "r", self.start, self.shape)
 
 
 def open_checkpoint(folder: Path) -> tuple[dict[str, StoredTensor | None], list[str]]:
@@ -79,7 +79,6 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     problems = []
     if start + data_size > size:
         problems.append(f"{path.name} is truncated: {size} bytes of {start + data_size}")
-    data = np.memmap(path, np.uint8, "r")
     tensors = {}
     for name, code, shape, begin, end in entries:
         if code not in DTYPES:
@@ -87,7 +86,7 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             continue
         if end - begin != DTYPES[code].itemsize * math.prod(shape):
             problems.append(f"{name} has {end - begin} bytes for shape {list(shape)}")
-        tensors[name] = StoredTensor(data, DTYPES[code], shape, start + begin)
+        tensors[name] = StoredTensor(path, DTYPES[code], shape, start + begin)
     return tensors, problems
 
 
