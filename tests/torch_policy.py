@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from flax import nnx
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from revseg_jax.policy.checkpoint import resolve_folder
 from revseg_jax.policy.config import ModelConfig, read_config
 from revseg_jax.policy.hf_weights import load_weights
 from revseg_jax.policy.model import Policy
@@ -104,24 +106,7 @@ class Conversation:
     patches: list[np.ndarray]  # float32 [time, height * width, patch_dim] each
 
     def torch_inputs(self) -> dict:
-        tokens = torch.tensor(self.tokens)[None]
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "mm_token_type_ids": ((tokens == IMAGE) * 1 + (tokens == VIDEO) * 2).int(),
-        }
-        for video, grid_name, pixels_name in (
-            (False, "image_grid_thw", "pixel_values"),
-            (True, "video_grid_thw", "pixel_values_videos"),
-        ):
-            mine = [number for number, kind in enumerate(self.is_video) if kind == video]
-            if mine:
-                inputs[grid_name] = torch.tensor([self.grids[number] for number in mine])
-                flat = [self.patches[number].reshape(-1, self.patches[number].shape[-1]) for number in mine]
-                inputs[pixels_name] = torch.tensor(np.concatenate(flat))
-        if any(self.is_video):
-            inputs["second_per_grid_ts"] = torch.tensor(self.seconds)
-        return inputs
+        return torch_batch(processor_output([self]))
 
     def positions(self, config: ModelConfig) -> np.ndarray:
         return sequence_positions(self.tokens, config, self.grids, self.seconds)
@@ -131,6 +116,45 @@ class Conversation:
         encode = encode or encode_alone
         parts = [encode(policy, patches, *grid[1:]) for patches, grid in zip(self.patches, self.grids, strict=True)]
         return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def processor_output(talks: list[Conversation], side: str = "right") -> dict[str, np.ndarray]:
+    """What transformers' processor returns for a batch, with padding on the given side. NumPy, as a user passes it."""
+    length = max(len(talk.tokens) for talk in talks)
+    tokens, mask = np.zeros((2, len(talks), length), np.int64)
+    for row, talk in enumerate(talks):
+        here = slice(length - len(talk.tokens), None) if side == "left" else slice(len(talk.tokens))
+        tokens[row, here], mask[row, here] = talk.tokens, 1
+    output = {"input_ids": tokens, "attention_mask": mask}
+    output["mm_token_type_ids"] = ((tokens == IMAGE) * 1 + (tokens == VIDEO) * 2).astype(np.int32)
+    for video, grid_name, pixels_name in (
+        (False, "image_grid_thw", "pixel_values"),
+        (True, "video_grid_thw", "pixel_values_videos"),
+    ):
+        mine = [
+            (grid, patches.reshape(-1, patches.shape[-1]))
+            for talk in talks
+            for grid, patches, is_video in zip(talk.grids, talk.patches, talk.is_video, strict=True)
+            if is_video == video
+        ]
+        if mine:
+            output[grid_name] = np.array([grid for grid, _ in mine])
+            output[pixels_name] = np.concatenate([patches for _, patches in mine])
+    if any(talk.seconds for talk in talks):
+        output["second_per_grid_ts"] = np.array([second for talk in talks for second in talk.seconds], np.float32)
+    return output
+
+
+def torch_batch(output: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(array) for name, array in output.items()}
+
+
+def save_policy_folder(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> Path:
+    """A folder that `load_policy` takes: weights and config as transformers writes them, and the embedded tokenizer."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_folder("embedded") / name, folder)
+    return folder
 
 
 def encode_patches(policy: Policy, patches: np.ndarray, height: int, width: int) -> jax.Array:

@@ -1,11 +1,110 @@
-"""Attention over a shared prefix and an own suffix, in plain XLA: the reference implementation."""
+"""Softmax attention: over one set of keys, and over a shared prefix and an own suffix."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from revseg_jax.parallel.mesh import BATCH_AXES
+from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attention
+
+SHORT = 256  # slots; below it no kernel is chosen
 MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Attributes:
+    implementation: "auto" chooses by platform, type and length; or "xla", "cudnn", "splash"
+    mesh: that the rows and heads are spread over; splash needs it on several devices
+    """
+
+    implementation: str = "auto"
+    mesh: Mesh | None = None
+
+    def resolve(self, dtype: jnp.dtype, length: int, width: int) -> str:
+        """ "xla" unless a kernel is known to take it. Windows of a few slots are batched matmuls, best left to XLA."""
+        if self.implementation != "auto":
+            return self.implementation
+        platform = self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
+        if length < SHORT:
+            return "xla"
+        if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
+            return "cudnn" if length % 2 == 0 else "xla"  # no gradient for odd lengths
+        if platform == "tpu" and (self.mesh is not None or jax.device_count() == 1):
+            return "splash"
+        return "xla"
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    causal: bool = False,
+    choice: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
+) -> tuple[jax.Array, jax.Array]:
+    """Self-attention inside the segments of each row.
+
+    Shapes (N rows, S slots, H heads, K key heads that divide H, D head width):
+      query [N, S, H, D]; key, value [N, S, K, D]
+      segments int32 [N, S]: a query sees the keys of its own segment, and of these only those up to its own slot when
+      `causal`. Padding is a segment of its own, wherever it stands: 0 by convention.
+    Returns the output [N, S, H, D] in the query's dtype and the log-sum-exp of the scores [N, S, H], float32 or wider.
+    Gradients reach the output from every implementation, the log-sum-exp only from "xla".
+    """
+    run = {"xla": plain_attention, "cudnn": cudnn_attention, "splash": splash_attention}[
+        choice.resolve(query.dtype, query.shape[1], query.shape[3])
+    ]
+    if run is splash_attention and choice.mesh is not None:
+        run = on_mesh(run, choice.mesh, rows=len(query), key_heads=key.shape[2])
+    return run(query, key, value, segments, causal)
+
+
+def plain_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` in plain XLA: the reference."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    rows, length, heads, width = query.shape
+    key_heads = key.shape[2]
+    grouped = query.reshape(rows, length, key_heads, heads // key_heads, width) * width**-0.5
+    scores = jnp.einsum("nskrd,ntkd->nkrst", grouped, key, preferred_element_type=wide)
+    scores = jnp.where(visible(segments, causal)[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    mixed = jnp.einsum("nkrst,ntkd->nskrd", weights, value)
+    logsumexp = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1)
+    return mixed.reshape(query.shape), logsumexp.reshape(query.shape[:3])
+
+
+def on_mesh(run: Callable, mesh: Mesh, rows: int, key_heads: int) -> Callable:
+    """`run` on every device's own rows and heads: a Pallas kernel that the compiler could not partition by itself."""
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    batch = BATCH_AXES if rows % parts == 0 else None
+    tensor = "tensor" if key_heads % mesh.shape["tensor"] == 0 else None
+    heads = PartitionSpec(batch, None, tensor, None)
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool):
+        return jax.shard_map(
+            lambda *parts: run(*parts, causal),
+            mesh=mesh,
+            in_specs=(heads, heads, heads, PartitionSpec(batch, None)),
+            out_specs=(heads, PartitionSpec(batch, None, tensor)),
+            check_vma=False,  # Pallas calls do not say how their results vary over the mesh
+        )(query, key, value, segments)
+
+    return local
+
+
+def visible(segments: jax.Array, causal: bool) -> jax.Array:
+    """bool [N, S, S]: which keys (last axis) each query sees."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & jnp.tril(jnp.ones(same.shape[1:], bool)) if causal else same
 
 
 def shared_prefix_attention(
@@ -13,7 +112,7 @@ def shared_prefix_attention(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
 ) -> jax.Array:
     """Softmax attention of G suffixes over one prefix and over themselves, with nothing copied G times.
 
@@ -29,10 +128,6 @@ def shared_prefix_attention(
     grouped = query.reshape(prompts, groups, length, key_heads, heads // key_heads, width) * width**-0.5
     scores = jnp.einsum("bgskrd,bgtkd->bgkrst", grouped, key, preferred_element_type=wide)
     scores = jnp.where(mask[:, :, None, None], scores, MASKED)
-    if prefix is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        mixed = jnp.einsum("bgkrst,bgtkd->bgskrd", weights, value)
-        return mixed.reshape(query.shape)
     prefix_key, prefix_value, prefix_mask = prefix
     prefix_scores = jnp.einsum("bgskrd,bpkd->bgkrsp", grouped, prefix_key, preferred_element_type=wide)
     prefix_scores = jnp.where(prefix_mask[:, None, None, None, None], prefix_scores, MASKED)

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from revseg_jax.config import ChainConfig, to_yaml
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import from_hf, read_config, to_hf
+from revseg_jax.policy.conversation import conversation_logits
 from revseg_jax.policy.hf_weights import load_weights, save_weights
 from revseg_jax.policy.model import Policy
+from revseg_jax.policy.packing import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,16 +41,44 @@ COPIED = (
 @dataclass(frozen=True)
 class LoadedPolicy:
     """Attributes:
-    policy: with its parameters on the default device
+    policy: with its parameters on the mesh, or on the default device without one
     tokenizer: of the checkpoint
     chain: the prompts and sizes it was trained with, from chain.yaml; None when the folder has none
     folder: where it was read from
+    stored_dtype: of the weights in its files
+    mesh: that the parameters are spread over
     """
 
     policy: Policy
     tokenizer: PreTrainedTokenizerFast
     chain: ChainConfig | None
     folder: Path
+    stored_dtype: str
+    mesh: Mesh | None = None
+
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+        second_per_grid_ts: np.ndarray | None = None,
+        mm_token_type_ids: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Next-token logits float32 [B, length, vocab] of what transformers' processor returns (as NumPy, see `pack`).
+
+        What stands at padding means nothing. `mm_token_type_ids` repeats what `input_ids` say and is not read.
+        """
+        images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
+        packed = pack(self.policy.config, input_ids, attention_mask, *images, *videos, second_per_grid_ts)
+        rows, length = np.shape(input_ids)
+        return conversation_logits(self.policy, packed, self.mesh)[:rows, :length]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `load_policy` and transformers load, in the type that the weights were stored in."""
+        save_policy(self.policy, folder, self.folder, self.chain, self.stored_dtype)
 
 
 def resolve_folder(path: str | Path) -> Path:
@@ -56,11 +89,18 @@ def resolve_folder(path: str | Path) -> Path:
 
 
 def load_policy(
-    folder: str | Path, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False
+    folder: str | Path,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    attention: str = "auto",
 ) -> LoadedPolicy:
     """Loads a checkpoint folder in Hugging Face layout, or "embedded".
 
-    dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16".
+    dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16". mesh: of
+    `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices hold. attention: the implementation
+    (see `AttentionChoice`).
     Raises InputError that names what is missing or wrong in the folder.
     """
     folder = resolve_folder(folder)
@@ -73,9 +113,12 @@ def load_policy(
     chain = read_chain(folder)
     tokenizer = load_tokenizer(folder)
     # Abstract first: no random parameters are ever made.
-    policy = nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat))
-    load_weights(folder, policy, param_dtype)
-    return LoadedPolicy(policy, tokenizer, chain, folder)
+    choice = AttentionChoice(attention, mesh)
+    policy = nnx.eval_shape(
+        lambda: Policy(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat, attention=choice)
+    )
+    stored_dtype = load_weights(folder, policy, param_dtype, mesh)
+    return LoadedPolicy(policy, tokenizer, chain, folder, stored_dtype, mesh)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -38,6 +38,11 @@ class VisionConfig:
         """Side of the pixel square that one token stands for."""
         return self.patch_size * self.spatial_merge_size
 
+    @property
+    def window_side(self) -> int:
+        """Side of an attention window in merged patches."""
+        return self.window_size // self.merged_patch_size
+
 
 @dataclass(frozen=True)
 class TextConfig:

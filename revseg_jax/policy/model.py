@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.preprocess import patchify
 from revseg_jax.policy.text import Decoder, PrefixCache
@@ -13,14 +14,22 @@ from revseg_jax.policy.vision import VisionTower
 
 
 class Policy(nnx.Module):
-    """Qwen2.5-VL. `dtype` is that of the activations; parameters keep their own."""
+    """Qwen2.5-VL. `dtype` is that of the activations; parameters keep their own. `attention`: of whole sequences."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
+        attention: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
+    ):
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        self.vision = VisionTower(config.vision, rngs=rngs)
-        self.text = Decoder(config.text, rngs=rngs)
+        self.vision = VisionTower(config.vision, rngs=rngs, attention=attention)
+        self.text = Decoder(config.text, rngs=rngs, attention=attention)
 
     def encode(self, frames: jax.Array) -> jax.Array:
         """frames uint8 [B, N, side, side, 3] -> features [B, tokens, hidden].
@@ -62,11 +71,7 @@ class Policy(nnx.Module):
         self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `prefill`, with the final-normed hidden [B, P, width] first; keys and values are [layers, B, P, ...]."""
-        x = self.embed(tokens, features)[:, None]
-        causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
-        visible = (causal & mask[:, None, :])[:, None]
-        hidden, keys, values = self.text(x, positions[:, :, None], visible, remat=self.remat)
-        return hidden[:, 0], keys[:, :, 0], values[:, :, 0]
+        return self.text.prefill(self.embed(tokens, features), positions, mask, remat=self.remat)
 
     def suffix_hidden(
         self,

@@ -31,13 +31,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (wide * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)
 
 
-def vision_angles(vision: VisionConfig, height: int, width: int) -> np.ndarray:
-    """Angles float32 [height * width, head_dim] for a grid of patches, in merge order (see `merge_order`)."""
+def vision_angles(vision: VisionConfig, places: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """places int [..., 2], row and column of each patch in its frame -> angles float32 [..., head_dim]."""
     quarter = vision.head_dim // 4
     inverse_frequency = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float32) / quarter)
-    rows, columns = merge_order(height, width, vision.spatial_merge_size)
-    angles = np.concatenate([rows[:, None] * inverse_frequency, columns[:, None] * inverse_frequency], axis=-1)
-    return np.concatenate([angles, angles], axis=-1).astype(np.float32)
+    angles = places.astype(np.float32)[..., None] * inverse_frequency
+    angles = angles.reshape(*places.shape[:-1], 2 * quarter)
+    return (np if isinstance(angles, np.ndarray) else jnp).concatenate([angles, angles], axis=-1)
 
 
 def merge_order(height: int, width: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,10 +76,10 @@ def sequence_positions(
             continue
         time, height, width = next(images)
         height, width = height // merge, width // merge
-        per_step = next(videos) * config.vision.tokens_per_second if tokens[index] == config.video_token_id else 0
+        # All in float32, because the products are cut to integers and must be cut as torch cuts them.
+        seconds = np.float32(next(videos) if tokens[index] == config.video_token_id else 0)
         block = np.indices((time, height, width)).reshape(3, -1)
-        # float32, because the products are cut to integers and must be cut as torch cuts them.
-        steps = np.arange(time, dtype=np.float32) * np.float32(per_step)
+        steps = np.arange(time, dtype=np.float32) * (seconds * np.float32(config.vision.tokens_per_second))
         block[0] = steps.astype(np.int64).repeat(height * width)
         positions[:, index : index + block.shape[1]] = start + block
         index, start = index + block.shape[1], start + max(height, width)

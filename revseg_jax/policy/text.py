@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revseg_jax.policy.attention import shared_prefix_attention
+from revseg_jax.policy.attention import AttentionChoice, attention, shared_prefix_attention
 from revseg_jax.policy.config import TextConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
 from revseg_jax.policy.rope import decoder_rotation, rotate
@@ -64,8 +65,9 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, attention: AttentionChoice):
         self.config = config
+        self.attention = attention
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02)
         self.layers = stack_layers(lambda layer_rngs: DecoderLayer(config, rngs=layer_rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -85,31 +87,51 @@ class Decoder(nnx.Module):
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
         return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=wide)
 
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, remat: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Runs whole sequences, each causal over its own real tokens.
+
+        x [B, P, width]; positions int32 [3, B, P]; mask bool [B, P], False for padding, which may stand anywhere.
+        Returns the final-normed hidden [B, P, width] and keys, values [layers, B, P, key_heads, head_dim].
+        """
+        segments = mask.astype(jnp.int32)
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array, _: None) -> jax.Array:
+            one_each = (part[:, 0] for part in (query, key, value))
+            return attention(*one_each, segments, causal=True, choice=self.attention)[0][:, None]
+
+        hidden, keys, values = self._run_layers(x[:, None], positions[:, :, None], attend, None, remat)
+        return hidden[:, 0], keys[:, :, 0], values[:, :, 0]
+
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
-        prefix: PrefixCache | None = None,
-        remat: bool = False,
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: PrefixCache, remat: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs whole suffixes at once.
 
         x [B, G, S, width]; positions int32 [3, B, G, S]; mask bool [B, G, S, S], True where a query sees a key.
         Returns the final-normed hidden [B, G, S, width] and keys, values [layers, B, G, S, key_heads, head_dim].
         """
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array, shared: tuple) -> jax.Array:
+            return shared_prefix_attention(query, key, value, mask, (*shared, prefix.mask))
+
+        return self._run_layers(x, positions, attend, (prefix.key, prefix.value), remat)
+
+    def _run_layers(
+        self, x: jax.Array, positions: jax.Array, attend: Callable, shared: tuple | None, remat: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`attend(query, key, value, its part of shared)` mixes the values; `shared` has a leading axis of layers."""
         cos, sin = decoder_rotation(self.config, positions, x.dtype)
         graphdef, stacked = nnx.split(self.layers)
-        prefix_layers = (prefix.key, prefix.value) if prefix is not None else None
 
-        def layer(x, inputs):
-            state, prefix_layer = inputs
+        def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            state, shared_layer = inputs
             module = nnx.merge(graphdef, state)
             query, key, value = module.project(x, cos, sin)
-            shared = (*prefix_layer, prefix.mask) if prefix is not None else None
-            return module.finish(x, shared_prefix_attention(query, key, value, mask, shared)), (key, value)
+            return module.finish(x, attend(query, key, value, shared_layer)), (key, value)
 
-        x, (keys, values) = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (stacked, prefix_layers))
+        x, (keys, values) = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (stacked, shared))
         return self.norm(x), keys, values
 
     def extend(

@@ -1,8 +1,9 @@
-"""Qwen2.5-VL's vision tower: patches of one grid size -> one feature per merged patch.
+"""Qwen2.5-VL's vision tower: patches -> one feature per merged patch.
 
-Every attention of the tower stays inside one temporal slice (two fused frames, or one image), so slices are the batch:
-[slices, patches, ...]. Most blocks attend inside square windows; the host lays the patches out window by window once
-(`WindowLayout`), so that window attention is a reshape and full attention only has to skip the padding.
+Every attention of the tower stays inside one temporal slice (two fused frames, or one image). Most blocks attend inside
+square windows of a slice; the host lays the patches out window by window once (`WindowLayout`), so that window
+attention is a reshape of [rows, windows * slots, ...] and full attention only has to skip the padding. A row is one
+slice when all have the same size (`__call__`), or several smaller ones side by side (`packed`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from revseg_jax.policy.attention import shared_prefix_attention
+from revseg_jax.policy.attention import AttentionChoice, attention
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
-from revseg_jax.policy.rope import rotate, vision_angles
+from revseg_jax.policy.rope import merge_order, rotate, vision_angles
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,20 @@ class WindowLayout:
       gather: int [windows * slots], index of the patch (merge order) in each slot; padding slots repeat patch 0.
       real: bool [windows, slots], False in padding slots (windows at the border of an uneven grid are smaller).
       scatter: int [height * width / merge^2], slot group of each merged patch, to undo the layout after merging.
+      places: int [windows * slots, 2], row and column of each slot's patch in the grid.
     """
 
     gather: np.ndarray
     real: np.ndarray
     scatter: np.ndarray
+    places: np.ndarray
 
 
 @lru_cache(maxsize=64)
 def window_layout(vision: VisionConfig, height: int, width: int) -> WindowLayout:
     """height, width: the grid in patches, both divisible by the merge size."""
     merge = vision.spatial_merge_size
-    side = vision.window_size // vision.merged_patch_size  # of a window, in merged patches
+    side = vision.window_side
     merged_height, merged_width = height // merge, width // merge
     windows = [
         [
@@ -61,7 +64,8 @@ def window_layout(vision: VisionConfig, height: int, width: int) -> WindowLayout
     flat = groups.reshape(-1)
     scatter = np.empty(merged_height * merged_width, np.int64)
     scatter[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-    return WindowLayout(gather, real, scatter)
+    places = np.stack(merge_order(height, width, merge), axis=-1)[gather]
+    return WindowLayout(gather, real, scatter, places)
 
 
 class VisionBlock(nnx.Module):
@@ -73,12 +77,18 @@ class VisionBlock(nnx.Module):
         self.proj = Linear((heads, head_dim, width), (width,), rngs=rngs)
         self.mlp = GatedMLP(width, config.intermediate_size, use_bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, real: jax.Array) -> jax.Array:
-        """x [B, G, S, width]: attention inside each of the B x G sets of S patches; real bool [G, S] masks padding."""
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, choice: AttentionChoice
+    ) -> jax.Array:
+        """x [rows, sets, slots, width]: attention inside the segments of each set.
+
+        cos, sin [rows or 1, sets, slots, head_dim]; segments int32 [rows or 1, sets, slots], 0 for padding.
+        """
         query, key, value = jnp.moveaxis(self.qkv("bgsd,dzhk->bgszhk", self.norm1(x)), 3, 0)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        mask = jnp.broadcast_to(real[None, :, None, :], (*x.shape[:3], x.shape[2]))
-        mixed = shared_prefix_attention(query, key, value, mask)
+        query, key, value = (part.reshape(-1, *part.shape[2:]) for part in (query, key, value))
+        segments = jnp.broadcast_to(segments, x.shape[:3]).reshape(-1, x.shape[2])
+        mixed = attention(query, key, value, segments, choice=choice)[0].reshape(*x.shape[:3], *query.shape[2:])
         x = x + self.proj("bgshk,hkd->bgsd", mixed)
         return x + self.mlp(self.norm2(x))
 
@@ -94,15 +104,16 @@ class PatchMerger(nnx.Module):
         self.wide = wide
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[slices, patches, hidden] in merge order -> [slices, patches / merge^2, out_hidden]."""
+        """[rows, patches, hidden] in merge order -> [rows, patches / merge^2, out_hidden]."""
         squares = self.norm(x).reshape(x.shape[0], -1, self.wide)
         inner = jax.nn.gelu(self.fc1("mtd,df->mtf", squares), approximate=False)
         return self.fc2("mtf,fd->mtd", inner)
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, attention: AttentionChoice):
         self.config = config
+        self.attention = attention
         self.patch_embed = Linear((config.patch_dim, config.hidden_size), rngs=rngs)
         self.blocks = stack_layers(lambda layer_rngs: VisionBlock(config, rngs=layer_rngs), config.depth, rngs)
         self.merger = PatchMerger(config, rngs=rngs)
@@ -113,10 +124,27 @@ class VisionTower(nnx.Module):
         height, width: the grid in patches, static. `patches` come from `revseg_jax.policy.preprocess.patchify`.
         """
         layout = window_layout(self.config, height, width)
-        windows, slots = layout.real.shape
-        angles = vision_angles(self.config, height, width)[layout.gather]
-        cos, sin = np.cos(angles), np.sin(angles)
+        angles = vision_angles(self.config, layout.places)
         x = self.patch_embed("mtp,pd->mtd", patches)[:, layout.gather]
+        segments = layout.real.astype(np.int32)
+        x = self._run_blocks(x, np.cos(angles)[None], np.sin(angles)[None], segments[None], remat)
+        return self.merger(x)[:, layout.scatter]
+
+    def packed(self, patches: jax.Array, places: jax.Array, segments: jax.Array, remat: bool = False) -> jax.Array:
+        """Slices of any sizes, laid out window by window and several to a row: nothing but array shapes is static.
+
+        patches [rows, windows, slots, patch_dim]; places int32 [rows, windows, slots, 2], row and column in the
+        slice's grid; segments int32 [rows, windows, slots], the slice of its row that a slot belongs to, 0 for padding.
+        Returns [rows, windows * slots / merge^2, out_hidden] in the same layout.
+        """
+        angles = vision_angles(self.config, places.reshape(len(places), -1, 2))
+        x = self.patch_embed("mtp,pd->mtd", patches.reshape(len(patches), -1, patches.shape[-1]))
+        return self.merger(self._run_blocks(x, jnp.cos(angles), jnp.sin(angles), segments, remat))
+
+    def _run_blocks(self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, remat: bool) -> jax.Array:
+        """x [rows, windows * slots, width]; cos, sin [rows or 1, windows * slots, head_dim]; segments int32 [rows or 1,
+        windows, slots]. Returns the same shape as x."""
+        windows = segments.shape[1]
         graphdef, stacked = nnx.split(self.blocks)
         is_full = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
 
@@ -125,16 +153,13 @@ class VisionTower(nnx.Module):
             module = nnx.merge(graphdef, state)
 
             def attend(x: jax.Array, sets: int) -> jax.Array:
-                def shape(a):
-                    return jnp.asarray(a).reshape(sets, windows * slots // sets, *a.shape[1:])
-
-                folded = x.reshape(x.shape[0], sets, -1, x.shape[-1])
-                out = module(folded, shape(cos), shape(sin), layout.real.reshape(sets, -1))
+                folded = x.reshape(len(x), sets, -1, x.shape[-1])
+                tables = (jnp.asarray(a).reshape(len(a), sets, -1, a.shape[-1]) for a in (cos, sin))
+                out = module(folded, *tables, jnp.asarray(segments).reshape(len(segments), sets, -1), self.attention)
                 return out.reshape(x.shape)
 
             if windows == 1:
                 return attend(x, 1), None
             return jax.lax.cond(full, lambda x: attend(x, 1), lambda x: attend(x, windows), x), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, jnp.asarray(is_full)))
-        return self.merger(x)[:, layout.scatter]
+        return jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, jnp.asarray(is_full)))[0]

@@ -1,0 +1,63 @@
+"""Reads packed conversations: one jitted function encodes what is seen, one reads the whole conversation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from revseg_jax.parallel.mesh import BATCH_AXES, replicated
+from revseg_jax.policy.model import Policy
+from revseg_jax.policy.packing import PackedConversations, PackedVision
+
+
+def encode(policy: Policy, vision: PackedVision) -> jax.Array:
+    """Features [tokens in the packed layout, hidden] of all images and videos."""
+    features = policy.vision.packed(
+        vision.patches.astype(policy.dtype), vision.places, vision.segments, remat=policy.remat
+    )
+    return features.reshape(-1, features.shape[-1])
+
+
+def hidden_states(policy: Policy, packed: PackedConversations, features: jax.Array | None) -> jax.Array:
+    """Final-normed hidden [B, L, hidden]; features [n, hidden] are those of `encode`."""
+    x = policy.text.embed(packed.tokens, policy.dtype)
+    if features is not None:
+        placed = features.astype(x.dtype)[jnp.maximum(packed.features, 0)]
+        x = jnp.where((packed.features >= 0)[..., None], placed, x)
+    return policy.text.prefill(x, jnp.moveaxis(packed.positions, 1, 0), packed.mask, remat=policy.remat)[0]
+
+
+encode_jitted = jax.jit(encode)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def logits_jitted(
+    policy: Policy, packed: PackedConversations, features: jax.Array | None, mesh: Mesh | None
+) -> jax.Array:
+    logits = policy.text.logits(hidden_states(policy, packed, features))
+    # On every device, so that each process of a run on several hosts can read it.
+    return jax.lax.with_sharding_constraint(logits, replicated(mesh)) if mesh is not None else logits
+
+
+def conversation_logits(policy: Policy, packed: PackedConversations, mesh: Mesh | None = None) -> np.ndarray:
+    """float32 [B, L, vocab], of the packed sizes. `mesh`: where the policy's parameters are, if not on one device."""
+    features = encode_jitted(policy, spread(packed.vision, mesh)) if packed.vision is not None else None
+    return np.asarray(logits_jitted(policy, spread(packed._replace(vision=None), mesh), features, mesh))
+
+
+def spread(arrays: Any, mesh: Mesh | None) -> Any:
+    """Arrays on the mesh, their first axis over its batch axes where these divide it."""
+    if mesh is None:
+        return arrays
+    parts = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
+
+    def put(array: np.ndarray) -> jax.Array:
+        spec = PartitionSpec(BATCH_AXES) if len(array) % parts == 0 else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, arrays)

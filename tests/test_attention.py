@@ -1,0 +1,140 @@
+"""The implementations of attention against softmax written out in NumPy, and against each other."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from revseg_jax.policy import attention as module
+from revseg_jax.policy.attention import AttentionChoice, attention, plain_attention
+from revseg_jax.policy.attention_kernels import splash_attention
+
+# rows, slots, heads, key heads, head width
+SHAPES = [(2, 21, 4, 2, 16), (3, 9, 3, 3, 8), (1, 17, 4, 1, 12)]
+
+
+def draw(shape: tuple[int, ...], dtype=np.float32):
+    """query, key, value and segments: two segments in the first row between padding, one in each other."""
+    rows, slots, heads, key_heads, width = shape
+    rng = np.random.default_rng(slots)
+    parts = [rng.normal(size=(rows, slots, count, width)).astype(dtype) for count in (heads, key_heads, key_heads)]
+    segments = np.ones((rows, slots), np.int32)
+    segments[:, slots * 3 // 4 :] = 0
+    segments[0, : slots // 4] = 0
+    segments[0, slots // 2 : slots * 3 // 4] = 2
+    return *parts, segments
+
+
+def written_out(query, key, value, segments, causal):
+    """One query at a time, in float64."""
+    rows, slots, heads, width = query.shape
+    output, logsumexp = np.zeros(query.shape), np.zeros(query.shape[:3])
+    for n, s, h in np.ndindex(rows, slots, heads):
+        seen = [t for t in range(slots) if segments[n, t] == segments[n, s] and (t <= s or not causal)]
+        shared = h // (heads // key.shape[2])
+        scores = key[n, seen, shared].astype(float) @ query[n, s, h].astype(float) / np.sqrt(width)
+        logsumexp[n, s, h] = np.log(np.exp(scores).sum())
+        output[n, s, h] = np.exp(scores - logsumexp[n, s, h]) @ value[n, seen, shared].astype(float)
+    return output, logsumexp
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_attention_equals_softmax_written_out(shape, causal):
+    arrays = draw(shape)
+    for ours, expected in zip(attention(*arrays, causal), written_out(*arrays, causal), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def kernel_cases():
+    gpu = pytest.param("cudnn", marks=pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"))
+    return ["splash", gpu]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", kernel_cases())
+def test_kernels_equal_plain_attention(name, causal):
+    """Output, log-sum-exp and gradients. Splash runs in the interpreter where there is no TPU."""
+    dtype, tolerance = (np.float32, 1e-4) if name == "splash" else (jnp.bfloat16, 0.1)
+    run = {
+        "splash": partial(splash_attention, interpret=jax.default_backend() != "tpu"),
+        "cudnn": lambda *arrays: attention(*arrays, AttentionChoice("cudnn")),
+    }[name]
+    *parts, segments = draw((2, 150, 4, 2, 16), dtype)  # longer than a block of splash, and not a multiple of one
+    weights = np.random.default_rng(0).normal(size=parts[0].shape).astype(np.float32)
+
+    def loss(implementation, *parts):
+        output, logsumexp = implementation(*parts, segments, causal)
+        return jnp.sum(output * weights), (output, logsumexp)
+
+    results = []
+    for implementation in (plain_attention, run):
+        (_, values), gradients = jax.value_and_grad(partial(loss, implementation), (0, 1, 2), has_aux=True)(*parts)
+        results.append((*values, *gradients))
+    for expected, ours in zip(*results, strict=True):
+        assert ours.shape == expected.shape
+        np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), atol=tolerance)
+
+
+def test_the_choice_by_platform(monkeypatch):
+    def chosen(platform, dtype=jnp.bfloat16, length=1024, width=80, devices=1):
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        return AttentionChoice().resolve(dtype, length, width)
+
+    assert chosen("cpu") == "xla"
+    assert chosen("gpu") == "cudnn" and chosen("gpu", devices=8) == "cudnn"
+    assert {chosen("gpu", jnp.float32), chosen("gpu", length=1023), chosen("gpu", width=12)} == {"xla"}
+    assert chosen("tpu") == "splash" and chosen("tpu", jnp.float32) == "splash"
+    assert chosen("tpu", devices=4) == "xla"  # a kernel of one device: on several it needs the mesh
+    assert {chosen("gpu", length=64), chosen("tpu", length=64)} == {"xla"}  # windows
+    assert AttentionChoice("splash").resolve(jnp.float32, 8, 8) == "splash"
+    used = []
+    monkeypatch.setattr(module, "cudnn_attention", lambda *arrays: used.append(arrays))
+    attention(*draw(SHAPES[0]), choice=AttentionChoice("cudnn"))
+    assert len(used) == 1
+
+
+COMPILE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from revseg_jax.policy.attention import AttentionChoice, attention
+
+devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)
+mesh = Mesh(devices.reshape(1, -1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+parts, rows = NamedSharding(mesh, P("fsdp", None, "tensor")), NamedSharding(mesh, P("fsdp"))
+for causal, heads, key_heads, width in ((True, 8, 2, 128), (False, 4, 4, 80)):  # decoder, vision tower
+    def step(query, key, value, segments):
+        def loss(*parts):
+            output, logsumexp = attention(*parts, segments, causal, AttentionChoice(mesh=mesh))
+            return output.astype(jnp.float32).sum(), logsumexp
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+    shapes = [(len(devices.flat) // 2, 1024, n, width) for n in (heads, key_heads, key_heads)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parts) for shape in shapes]
+    arrays.append(jax.ShapeDtypeStruct(shapes[0][:2], jnp.int32, sharding=rows))
+    program = jax.jit(step).lower(*arrays).compile().as_text()
+    print(program.count('custom_call_target="tpu_custom_call"'), "all-gather" in program)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_splash_compiles_for_tpus(topology):
+    """Forward, log-sum-exp and backward of both kinds of attention, each device on its own rows and heads."""
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, topology], capture_output=True, text=True, env=environment, cwd=root
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["3", "False"] * 2
