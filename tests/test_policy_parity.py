@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch_policy import (
     IMAGE,
     TEXT_TOKENS,
@@ -24,8 +26,12 @@ from torch_policy import (
     random_model,
 )
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from revseg_jax.data.frames import resize_square
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.embedded_tokenizer import write_preprocessor
 from revseg_jax.policy.hf_weights import published_name, to_stored, weights_of
@@ -103,6 +109,54 @@ def test_logits_of_two_turns_with_a_video_and_an_image(pair):
     np.testing.assert_allclose(policy.text.logits(hidden), expected, atol=2e-4)
 
 
+def test_every_decoder_layers_output(pair):
+    model, policy = pair
+    talk = conversation(np.random.default_rng(8), policy.config, 3, (2, 6, 6), 5)
+    expected = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: expected.append(output[0].numpy()))
+        for layer in model.model.language_model.layers
+    ]
+    torch_logits(model, talk)
+    [hook.remove() for hook in hooks]
+    features, positions = talk.features(policy), talk.positions(policy.config)
+
+    @quick_jit
+    def outputs(state):
+        found, layers = [], state["text"]["layers"]
+        for count in range(1, len(expected) + 1):
+            state["text"]["layers"] = jax.tree.map(itemgetter(slice(count)), layers)
+            first = nnx.merge(graphdef, state)
+            first.text.norm = lambda x: x  # what the last of these layers returns, not the final-normed hidden
+            found.append(whole_hidden(first, talk.tokens, positions, features))
+        return found
+
+    graphdef, state = nnx.split(policy)
+    for ours, theirs in zip(outputs(state), expected, strict=True):
+        assert 0.3 < theirs.std() < 10
+        np.testing.assert_allclose(ours, theirs.reshape(ours.shape), atol=2e-4)
+
+
+def test_bfloat16_is_as_close_to_float32_as_torchs_own(tmp_path):
+    """Both as the largest distance and in the mean square, over several conversations."""
+    model = random_model(12)
+    model.save_pretrained(tmp_path)
+    policy, rng = load_ours(tmp_path, "bfloat16"), np.random.default_rng(9)
+    talks = [conversation(rng, policy.config, 4, (2, 6, 8), 9 + part, (0, 6, 4), 5) for part in (0, 0, 0)]
+    exact = [torch_logits(model, talk) for talk in talks]
+    model = model.to(torch.bfloat16)
+    theirs, ours = [], []
+    for talk, reference in zip(talks, exact, strict=True):
+        inputs = {k: v.bfloat16() if k.startswith("pixel") else v for k, v in talk.torch_inputs().items()}
+        with torch.no_grad():
+            theirs.append(model(**inputs).logits[0].float().numpy() - reference)
+        hidden = whole_forward(policy, talk.tokens, talk.positions(policy.config), talk.features(policy))
+        assert hidden.dtype == jnp.bfloat16
+        ours.append(np.asarray(policy.text.logits(hidden)) - reference)
+    assert np.std(theirs) > 1e-3
+    assert np.std(ours) <= 3 * np.std(theirs) and np.abs(ours).max() <= 3 * np.abs(theirs).max()
+
+
 def test_shared_prefix_equals_separate_sequences(pair):
     """B prompts x G rollouts over static slots against B x G unpadded sequences in torch."""
     model, policy = pair
@@ -156,7 +210,7 @@ def test_greedy_decoding_equals_generate(first_pair):
     # Our sampler never lets the model say a visual token; neither may the oracle.
     banned = [number for number in range(TEXT_TOKENS, model.config.text_config.vocab_size)]
     expected = model.generate(
-        **talk.torch_inputs(), max_new_tokens=16, do_sample=False, suppress_tokens=banned, eos_token_id=None
+        **talk.torch_inputs(), max_new_tokens=64, do_sample=False, suppress_tokens=banned, eos_token_id=None
     )[0, len(talk.tokens) :].tolist()
     positions = talk.positions(policy.config)
     mask = np.ones((1, len(talk.tokens)), bool)
@@ -164,7 +218,7 @@ def test_greedy_decoding_equals_generate(first_pair):
         policy, talk.tokens[None], positions[:, None], mask, talk.features(policy)[None]
     )
     prefix = PrefixCache(keys, values, jnp.asarray(mask))
-    cache = empty_suffix_cache(policy.config.text, 1, 1, 16, jnp.float32)
+    cache = empty_suffix_cache(policy.config.text, 1, 1, 64, jnp.float32)
 
     @quick_jit
     def step(policy, token, position, slot, cache):
@@ -174,7 +228,7 @@ def test_greedy_decoding_equals_generate(first_pair):
         return jnp.argmax(policy.text.logits(hidden)[0, 0, 0, :TEXT_TOKENS]), cache
 
     ours = [int(jnp.argmax(policy.text.logits(hidden[0, -1])[:TEXT_TOKENS]))]
-    for slot in range(15):
+    for slot in range(63):
         token, cache = step(policy, jnp.int32(ours[-1]), positions[0, -1] + 1 + slot, slot, cache)
         ours.append(int(token))
     assert ours == expected
@@ -395,3 +449,23 @@ def test_patches_equal_the_processors(tmp_path, patch):
         expected = processed["pixel_values"].numpy()
         ours = np.asarray(patchify(np.stack([image, image])[None], vision))
         np.testing.assert_allclose(ours.reshape(expected.shape), expected, atol=1e-5)
+
+
+def test_resize_equals_the_processors():
+    """Bicubic (a = -0.5), its support widened when shrinking (antialiasing); rows, then columns, each rounded to uint8.
+
+    The processor's PIL implementation does the same. Its torchvision one does not round between the two passes: on
+    photographs that is a level here and there, on noise more.
+    """
+    by_pil, by_torchvision = Qwen2VLImageProcessorPil(), Qwen2VLImageProcessor()
+    rng = np.random.default_rng(10)
+    for _ in range(100):
+        height, width, side = (int(size) for size in rng.integers(4, 260, 3))
+        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        size = SizeDict(height=side, width=side)
+        expected = PilBackend.resize(by_pil, noise.transpose(2, 0, 1), size, by_pil.resample)
+        np.testing.assert_array_equal(resize_square(noise, side), expected.transpose(1, 2, 0))
+        smooth = np.asarray(Image.fromarray(noise[:4, :4]).resize((width, height), Image.Resampling.BILINEAR))
+        other = torch.tensor(smooth).permute(2, 0, 1)
+        other = TorchvisionBackend.resize(by_torchvision, other, size, by_torchvision.resample).permute(1, 2, 0)
+        assert np.abs(resize_square(smooth, side).astype(int) - other.numpy()).max() <= 2
