@@ -105,6 +105,8 @@ def parser() -> Parser:
     segment.add_argument("--tracker", default="embedded", help="SAM2 checkpoint")
     segment.add_argument("--tracker-config", default="embedded", help="config of that checkpoint")
     segment.add_argument("--endpoint", action="append", default=[], help="host:port of a running sidecar")
+    segment.add_argument("--tls-ca", metavar="PEM", default="", help="the authority of that sidecar's certificate")
+    segment.add_argument("--token-file", metavar="FILE", default="", help="holds that sidecar's bearer token")
 
     sidecar = command("sidecar", run_sidecar, "Serve SAM2 masks and mask rewards over gRPC.")
     sidecar.add_argument("--host", default="127.0.0.1")
@@ -207,6 +209,8 @@ def run_segment(options: argparse.Namespace) -> None:
         tracker=options.tracker,
         tracker_config=options.tracker_config,
         endpoints=options.endpoint,
+        token_file=options.token_file,
+        tls_ca=options.tls_ca,
     )
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from revseg_jax.chain.prompts import one_line, prefix_text, turn2_prompt_text
-from revseg_jax.config import ChainConfig, Config, MeshConfig, PolicyConfig, check
+from revseg_jax.config import ChainConfig, Config, MeshConfig, PolicyConfig, TrackerConfig, check
 from revseg_jax.data.frames import encode_frame, resize_square
 from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.video import Video, open_video
@@ -33,7 +33,7 @@ from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import Prompt as TrackerPrompt
 from revseg_jax.tracker.client import TrackerClient
-from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.process import open_tracker
 
 PACKAGES = ("revseg-jax", "jax", "flax", "av", "pillow", "numpy")
 
@@ -46,13 +46,16 @@ def main(
     tracker: str = "embedded",
     tracker_config: str = "embedded",
     endpoints: Sequence[str] = (),
+    token_file: str = "",
+    tls_ca: str = "",
 ) -> None:
     """Writes masks/00000.png ... (L, 0 or 255, the video's own size), overlay.mp4 and trace.json into the new folder
     `out`, which appears complete or not at all, and prints the answer.
 
     video: a file that PyAV reads or a folder of JPEG or PNG frames. policy: a folder in Hugging Face layout; its
     chain.yaml says what the policy is shown, else it is `ChainConfig()`. tracker, tracker_config: checkpoint and config
-    of the sidecar that is started here unless `endpoints` ("host:port") names running ones.
+    of the sidecar that is started here unless `endpoints` ("host:port") names running ones; token_file, tls_ca: what
+    those ask for, see `TrackerConfig`.
 
     A chain that fails is an answer too: the masks are empty and trace.json says why. Raises InputError or RunFailure.
     """
@@ -76,8 +79,8 @@ def main(
         encoder.prefix(query, encoder.chain.frames, float(source.duration))
         lap("load_policy")
 
-        sidecar = nullcontext() if endpoints else run_sidecar(tracker, tracker_config)
-        with sidecar as started, TrackerClient(endpoints or [started]) as client:
+        sidecars = TrackerConfig(list(endpoints), tracker, tracker_config, token_file=token_file, tls_ca=tls_ca)
+        with open_tracker(sidecars) as client:
             info = client.info()
             if len(source) > info.max_frames:
                 raise InputError(f"video {video} has {len(source)} frames, the tracker takes {info.max_frames} at most")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, some_prompts, start_sidecar
 
+from revseg_jax import cli
 from revseg_jax.errors import InputError
 from revseg_jax.tracker import TrackerClient
 
@@ -90,3 +93,32 @@ def test_logs_and_metrics(checkpoint, config, tmp_path):
     assert all(call["seconds"] >= 0 and len(call["clip"]) == 64 and "127.0.0.1" in call["peer"] for call in calls)
     assert calls[-1]["message"] == "keyframe: 9 in a clip of 4 frames"
     assert [line["event"] for line in lines[-2:]] == ["draining", "stopped"] and lines[-1]["finished"] is True
+
+
+# --- files to run it with
+
+
+def test_service_files_say_what_the_command_understands():
+    folder = Path(__file__).parents[1] / "tpu_scripts/sidecar"
+    unit = (folder / "revseg-sidecar.service").read_text().replace("\\\n", " ")
+    commands = [re.search(r"^ExecStart=\S+/revseg (.*)$", unit, re.MULTILINE)[1].split()]
+    documents = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    service, stateful = documents[0]["spec"], documents[1]["spec"]
+    container = stateful["template"]["spec"]["containers"][0]
+    commands.append(["sidecar", *container["args"]])
+    for probe in ("readinessProbe", "startupProbe", "livenessProbe"):
+        command = container[probe]["exec"]["command"]
+        assert command[0] == "revseg"
+        commands.append(command[1:])
+    docker = (folder / "Dockerfile").read_text()
+    example = re.search(r"revseg-sidecar \\\n((?:# .*\n)+)", docker)[1]
+    commands.append(["sidecar", *example.replace("#", " ").replace("\\", " ").split()])
+    options = [cli.parser().parse_args(command) for command in commands]
+    assert [o.check for o in options] == [False, False, True, True, True, False]
+    for served in (options[0], options[1], options[5]):
+        assert served.host == "0.0.0.0" and served.tls_certificate and served.tls_key and served.token_file
+    assert {port["port"] for port in service["ports"]} == {options[1].port, options[1].metrics_port}
+    assert service["selector"] == stateful["template"]["metadata"]["labels"] == stateful["selector"]["matchLabels"]
+    mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
+    for path in (options[1].tls_certificate, options[1].tls_key, options[1].token_file, options[2].tls_ca):
+        assert any(path.startswith(f"{mount}/") for mount in mounted)
