@@ -19,7 +19,7 @@ from revseg_jax.config import ChainConfig
 from revseg_jax.data import pipeline, prepared, records, synthetic_builder
 from revseg_jax.data.clip import Clip, boxes_and_areas, decode_frame, decode_mask, encode_mask, union
 from revseg_jax.data.filtered import write_decisions
-from revseg_jax.data.frames import encode_frame, resize_square
+from revseg_jax.data.frames import decode_square, encode_frame, resize_square
 from revseg_jax.data.pipeline import make_example, stack, training_steps
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import VideoExpression, clip_of, hash_record, make_record
@@ -344,7 +344,7 @@ def test_a_clip_without_frames_is_refused(source):
 
 def test_only_sampled_frames_are_decoded(source, monkeypatch):
     decoded = []
-    monkeypatch.setattr(pipeline, "decode_frame", lambda jpeg: decoded.append(jpeg) or decode_frame(jpeg))
+    monkeypatch.setattr(pipeline, "decode_square", lambda jpeg, size: decoded.append(jpeg) or decode_square(jpeg, size))
     clip = max((source[i] for i in range(len(source))), key=lambda clip: len(clip.frames))
     assert len(clip.frames) > 8
     example = make_example(clip, 0, CHAIN)

@@ -21,11 +21,12 @@ def encode_frame(frame: np.ndarray) -> bytes:
 
 def decode_frame(jpeg: bytes) -> np.ndarray:
     """uint8 [H, W, 3] of an encoded frame. Raises InputError when the bytes are not a readable image."""
-    try:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(f"an encoded frame of {len(jpeg)} bytes cannot be decoded: {error}") from None
+    return np.asarray(_decode(jpeg))
+
+
+def decode_square(jpeg: bytes, size: int) -> np.ndarray:
+    """`resize_square(decode_frame(jpeg), size)` without the two copies of the large frame that lie between."""
+    return _resize(_decode(jpeg), size)
 
 
 def resize_square(frame: np.ndarray, size: int) -> np.ndarray:
@@ -34,4 +35,17 @@ def resize_square(frame: np.ndarray, size: int) -> np.ndarray:
     It is what Hugging Face's Qwen2-VL image processor does (PIL, BICUBIC), so pixels agree with what published
     checkpoints were trained on. Everything shown to the policy goes through here.
     """
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
+    return _resize(Image.fromarray(frame), size)
+
+
+def _decode(jpeg: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError(f"an encoded frame of {len(jpeg)} bytes cannot be decoded: {error}") from None
+
+
+def _resize(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))

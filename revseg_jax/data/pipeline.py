@@ -10,7 +10,7 @@ import numpy as np
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.clip import Clip, boxes_and_areas
-from revseg_jax.data.frames import decode_frame, resize_square
+from revseg_jax.data.frames import decode_square
 from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
@@ -73,7 +73,7 @@ def make_example(clip: Clip, index: int, chain: ChainConfig) -> Example:
     sampled = sample_frames(len(clip.frames), chain.frames)
     count, padding = len(sampled), chain.frames - len(sampled)
     jpegs, masks = tuple(clip.frames[t] for t in sampled), tuple(clip.masks[t] for t in sampled)
-    frames = [resize_square(decode_frame(jpeg), chain.frame_size) for jpeg in jpegs]
+    frames = [decode_square(jpeg, chain.frame_size) for jpeg in jpegs]
     boxes, areas = boxes_and_areas(masks, clip.height, clip.width)
     return Example(
         index=index,
