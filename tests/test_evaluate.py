@@ -26,7 +26,7 @@ from revseg_jax.evaluation.chains import failure_cause
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
 from revseg_jax.evaluation.protocols import Row, rows_of
-from revseg_jax.evaluation.scoring import score_benchmark
+from revseg_jax.evaluation.scoring import ExpressionScore, VideoScores, score_benchmark
 from revseg_jax.evaluation.submission import check_submission, write_submission
 from revseg_jax.rollout.chains import Rollout
 
@@ -131,6 +131,36 @@ def test_revos(tmp_path, data):
     everything = [np.any([m[t] for m in trees.MEVIS_OBJECTS.values() if m[t] is not None], 0) for t in range(4)]
     robustness = np.mean([1 - 100 / mask.sum() for mask in everything])
     assert found["ReVOS overall"].others["robustness"] == pytest.approx(100 * robustness, abs=1e-3)
+
+
+def test_revos_overall_does_not_weigh_by_the_number_of_expressions():
+    def scores(kind, j, robustness):
+        return ExpressionScore("v", "0", kind, False, j, j / 2, robustness, 0, 0)
+
+    kinds = [("referring", 0.9, 0.0)] * 3 + [("reasoning", 0.3, 0.0)] + [("non-existent", 1.0, r) for r in (0.2, 0.6)]
+    found = {row.title: row for row in rows_of(BENCHMARKS["revos"], [VideoScores([scores(*k) for k in kinds], None)])}
+    overall = found["ReVOS overall"]
+    assert (overall.j, overall.f, overall.jf) == pytest.approx((60, 30, 45)) and overall.expressions == 4
+    assert overall.others == {"robustness": pytest.approx(40)}
+
+
+def test_other_peoples_images(tmp_path, data):
+    """Whatever is not 0 is the object: palette images with index 1, grey, one bit, colour."""
+    forms = {
+        "00000": lambda mask: Image.fromarray(mask.astype(np.uint8), "P"),
+        "00001": lambda mask: Image.fromarray(mask.astype(np.uint8)),
+        "00002": lambda mask: Image.fromarray(mask),
+        "00003": lambda mask: Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"),
+    }
+    for (video, expression), truth in truths(data, "mevis_valid_u").items():
+        folder = tmp_path / video / expression
+        folder.mkdir(parents=True)
+        for (name, form), mask in zip(forms.items(), truth, strict=True):
+            image = form(mask)
+            if image.mode == "P":
+                image.putpalette([0, 0, 0, 0, 0, 0])  # both black: the index counts, not the colour
+            image.save(folder / f"{name}.png")
+    assert rows(data, "mevis_valid_u", tmp_path)["MeViS valid_u"].jf == 100
 
 
 def test_davis_protocols(tmp_path, data):

@@ -18,8 +18,10 @@ import pytest
 from dataset_trees import HEIGHT, MEVIS_OBJECTS, WIDTH
 
 from revseg_jax.cli import main
+from revseg_jax.config import ChainConfig
 from revseg_jax.data import writer
 from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.pipeline import training_steps
 from revseg_jax.data.prepare import prepare
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import FOREGROUND, VOID
@@ -241,6 +243,49 @@ def test_a_file_of_another_form_is_one_line(tmp_path):
     trees.write_json(tmp_path / "in/train/mask_dict.json", {})
     with pytest.raises(InputError, match="meta_expressions.json is not as mevis has it"):
         prepare("mevis", tmp_path / "in", tmp_path / "out", ["train"], progress=False)
+
+
+def test_what_was_repaired_is_read_again(tmp_path):
+    """After --strict has stopped, finished parts are kept, but not those whose videos have changed since."""
+    root = many_videos(tmp_path / "in", 20)
+    bad = root / "train/JPEGImages/0019/00002.jpg"
+    content = bad.read_bytes()
+    bad.unlink()
+    with pytest.raises(InputError, match="0019/00002.jpg is missing"):
+        prepare("mevis", root, tmp_path / "out", strict=True, workers=1, progress=False)
+    bad.write_bytes(content)
+    meta = json.loads((root / "train/meta_expressions.json").read_text())
+    meta["videos"]["0000"]["expressions"]["0"]["exp"] = "said better"
+    (root / "train/meta_expressions.json").write_text(json.dumps(meta))
+    prepare("mevis", root, tmp_path / "out", strict=True, workers=1, progress=False)
+    source = ClipSource([tmp_path / "out"], "train")
+    assert source[0].query == "said better" and len(source) == 20
+
+
+def test_mixed_datasets_stream_into_examples(tmp_path):
+    """From two downloads to batches of one shape: what training sees is what the files say."""
+    folders = [tmp_path / name for name in ("mevis", "revos")]
+    for name, folder in zip(("mevis", "revos"), folders, strict=True):
+        tree = getattr(trees, name)(tmp_path / f"{name}_in")
+        prepare(name, tree, folder, ["train"], workers=1, progress=False)
+    source = ClipSource(folders, "train", [1, 1])
+    chain = ChainConfig(frames=6, frame_size=28, keyframe_size=56)
+    steps = iter(training_steps(source, chain, 4, seed=0))
+    seen = set()
+    for batch in (next(steps), next(steps)):
+        assert batch.frames.shape == (4, 6, 28, 28, 3) and batch.frame_count.tolist() == [4] * 4
+        assert [pair in {("377b1c5f365c", "0"), ("377b1c5f365c", "1")} for pair in ids(batch)] == [True, False] * 2
+        seen |= set(ids(batch))
+        for b, pair in enumerate(ids(batch)):
+            if pair == ("377b1c5f365c", "1"):
+                assert batch.boxes[b, :4, 0].tolist() == [40, 43, 46, 49] and batch.areas[b, 0] == 144
+            if pair == ("OVIS/train/3ba3", "2"):
+                assert not batch.areas[b].any()
+    assert len(seen) == 5
+
+
+def ids(batch) -> list[tuple[str, str]]:
+    return list(zip(batch.video_id, batch.expression_id, strict=True))
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
