@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -17,17 +19,16 @@ from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
 from revseg_jax.digests import digest, parameter_digest
 from revseg_jax.errors import RunFailure
+from revseg_jax.groups import NO_SPREAD, Groups, replace_groups_without_spread, sample_groups
 from revseg_jax.interruption import Interruption, heed_sigterm
-from revseg_jax.learner.advantages import group_advantages
-from revseg_jax.learner.update import Learner, TrainState, make_optimizer
+from revseg_jax.learner.experience import make_experience
+from revseg_jax.learner.reference import fetch_reference, store_reference
+from revseg_jax.learner.update import TrainState, make_learner
 from revseg_jax.parallel.mesh import batch_sharding
 from revseg_jax.parallel.sharding import tree_shardings
-from revseg_jax.rewards.scoring import collect_rewards, request_rewards
 from revseg_jax.rewards.total import RolloutReward, weights_from
-from revseg_jax.rollout.batch import RolloutBatch, concatenate
-from revseg_jax.rollout.chains import Rollout
-from revseg_jax.rollout.loading import LoadedEngine, load_engine, prompts_of
-from revseg_jax.rollout.sampling import rollout_keys
+from revseg_jax.rollout.batch import RolloutBatch
+from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run_folder import RunFolder
 from revseg_jax.tracker.client import TrackerClient
@@ -51,6 +52,7 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one.
 
     On SIGTERM the current phase is finished, the rest of its step given up, and the last whole step saved.
+    `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
     with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints)) as run:
@@ -71,10 +73,11 @@ def run_steps(
     data = iter(steps)
 
     # ---- State: a fresh one, or the newest checkpoint's -------------------------------------------------------------
-    learner = Learner(loaded.engine.graphdef, config.learner, make_optimizer(config.learner))
-    # The update donates its state, and the reference is the policy before any of it.
-    reference = loaded.trained
-    state = learner.init(jax.tree.map(lambda x: x.copy(), loaded.trained))
+    learner = make_learner(loaded.engine.graphdef, config.learner, loaded.engine.encoder.layout)
+    # The reference is the policy before any update. Updates donate their state, which a shared reference must survive.
+    reference = store_reference(config.learner.reference, loaded.trained) if config.learner.kl != "off" else None
+    shared = reference is loaded.trained
+    state = learner.init(jax.tree.map(jnp.copy, loaded.trained) if shared else loaded.trained)
     state = jax.device_put(state, tree_shardings(state, loaded.mesh))
     if run.resumes:
         state, iterator = run.restore(state)
@@ -91,27 +94,26 @@ def run_steps(
         batch: Batch = next(data)
         clock.lap("data")
 
-        # Rollouts in parts, so that the sidecar scores one part while the next is being sampled.
-        part = config.rollout.prompts_per_batch or len(batch)
-        prompts, parts, pending = prompts_of(batch), [], []
-        keys = rollout_keys(config.run.seed, step, batch.index, config.rollout.group_size)
-        for begin in range(0, len(batch), part):
-            arrays, chains = loaded.engine.sample(
-                (state.trained, loaded.frozen), prompts[begin : begin + part], keys[begin : begin + part]
-            )
-            parts.append(arrays)
-            pending.append(request_rewards(client, config.rewards, batch, begin, chains))
-        rollouts = jax.device_put(concatenate(parts), place)
+        sample = partial(sample_groups, config, loaded.engine, (state.trained, loaded.frozen), client, step)
+        groups, replaced = sample(batch), 0
+        if config.rollout.resample_limit:
+            try:
+                groups, replaced = replace_groups_without_spread(config, groups, data, sample)
+            except SidecarAway as error:
+                away = error
+                break
+        rollouts = jax.device_put(groups.rollouts, place)
         clock.lap("rollout")
         if interruption.requested:
             break
 
-        # The reference needs no rewards: it runs while the sidecar works.
-        reference_logprobs = learner.reference_logprobs(reference, loaded.frozen, rollouts)
-        jax.block_until_ready(reference_logprobs)
+        # What the models say needs no rewards: it is computed while the sidecar works.
+        fetched = fetch_reference(config.learner.reference, reference)
+        scores = jax.block_until_ready(learner.score(state, fetched, loaded.frozen, rollouts))
+        del fetched
         clock.lap("reference")
         try:
-            rewards = [row for waiting in pending for row in collect_rewards(config.rewards, batch, waiting)]
+            rewards = groups.rewards(config)
         except SidecarAway as error:
             away = error
             break
@@ -119,23 +121,22 @@ def run_steps(
         if interruption.requested:
             break
 
-        advantages = group_advantages(np.array([[reward.total for reward in row] for row in rewards]))
-        state, metrics = learner.update(
-            state, loaded.frozen, rollouts, reference_logprobs, jax.device_put(advantages, place)
-        )
+        by_turn = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
+        experience = make_experience(config.learner, learner.layout, rollouts, scores, by_turn)
+        state, metrics = learner.update(state, loaded.frozen, jax.device_put(experience, place))
         metrics = {f"learner/{name}": float(value) for name, value in metrics.items()}
         clock.lap("update")
         if not np.isfinite(metrics["learner/loss"]):
             raise RunFailure(f"step {step + 1}: the loss is {metrics['learner/loss']}")
 
-        chains = [row for waiting in pending for row in waiting.chains]
-        metrics |= step_metrics(chains, rewards) | clock.seconds
+        metrics |= step_metrics(groups, rewards) | clock.seconds
+        metrics["rollout/groups_replaced"] = replaced
         metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
         done, position = step + 1, data.get_state()
-        run.log(done, metrics, step_digests(batch, rollouts, rewards, metrics))
+        run.log(done, metrics, step_digests(groups.batch, rollouts, rewards, metrics))
         bar.set_postfix({name: f"{metrics[f'reward/{name}']:.2f}" for name in ("total", "temporal", "spatial")})
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
-            run.write_traces(f"step_{done:06d}", step_traces(config, batch, chains, rewards, done))
+            run.write_traces(f"step_{done:06d}", step_traces(config, groups, rewards, done))
         if done % config.run.checkpoint_every == 0 or done == config.run.steps:
             run.checkpoints.save(done, state, position)
             saved = done
@@ -163,19 +164,21 @@ class Clock:
         self._last = now
 
 
-def step_metrics(chains: list[list[Rollout]], rewards: list[list[RolloutReward]]) -> dict[str, float]:
-    """Means over all rollouts of a step."""
-    flat_rewards, flat_chains = [r for row in rewards for r in row], [c for row in chains for c in row]
+def step_metrics(groups: Groups, rewards: list[list[RolloutReward]]) -> dict[str, float]:
+    """Means over all rollouts of a step, but for the count of truncated ones."""
+    flat_rewards, flat_chains = [r for row in rewards for r in row], [c for row in groups.chains for c in row]
     metrics = {
         f"reward/{name}": float(np.mean([getattr(reward, name) for reward in flat_rewards]))
-        for name in ("total", "format", "temporal", "spatial", "mask")
+        for name in ("total", "format", "temporal", "spatial", "mask", "overlong")
     }
     spread = np.std([[reward.total for reward in row] for row in rewards], axis=1)
     return metrics | {
-        "reward/groups_without_spread": float(np.mean(spread < 1e-6)),
+        "reward/groups_without_spread": float(np.mean(spread <= NO_SPREAD)),
         "rollout/turns": float(np.mean([reward.turns for reward in flat_rewards])),
         "rollout/tokens": float(np.mean([chain.tokens for chain in flat_chains])),
         "rollout/truncated": float(np.mean([chain.truncated for chain in flat_chains])),
+        "rollout/truncated_count": sum(chain.truncated for chain in flat_chains),
+        "rollout/wasted_decode_steps": 1 - groups.tokens / groups.decode_steps,
     }
 
 
@@ -192,7 +195,7 @@ def step_digests(
     }
 
 
-def step_traces(config: Config, batch: Batch, chains, rewards, step: int) -> Iterator[dict[str, Any]]:
-    for b, (row, earned) in enumerate(zip(chains, rewards, strict=True)):
+def step_traces(config: Config, groups: Groups, rewards, step: int) -> Iterator[dict[str, Any]]:
+    for b, (row, earned) in enumerate(zip(groups.chains, rewards, strict=True)):
         for sample, (rollout, reward) in enumerate(zip(row, earned, strict=True)):
-            yield trace_record(config.chain, batch, b, sample, rollout, reward, step)
+            yield trace_record(config.chain, groups.batch, b, sample, rollout, reward, step)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from revseg_jax.chain.parsing import Turn1, Turn2
-from revseg_jax.config import RewardsConfig
+from revseg_jax.config import ChainConfig, RewardsConfig
 from revseg_jax.rewards.format import format_reward
 from revseg_jax.rewards.mask import mask_reward
+from revseg_jax.rewards.overlong import overlong_penalty
+from revseg_jax.rewards.scoring import overlong_penalties
 from revseg_jax.rewards.spatial import box_iou, spatial_reward
 from revseg_jax.rewards.temporal import best_constant_keyframe, random_visible_keyframe, soft_scores, temporal_reward
 from revseg_jax.rewards.total import PAPER_CURVES, PAPER_TEXT, RewardWeights, combine, score_rollout, weights_from
+from revseg_jax.rollout.chains import Rollout
 
 GOOD1 = Turn1(True, 2, "a red circle", 1.0, "")
 GOOD2 = Turn2(True, (0.0, 0.0, 10.0, 10.0), 0.8, "")
@@ -193,3 +198,27 @@ def test_turns_add_up_and_success_never_costs(
         assert reward.turn1 + reward.turn2 == pytest.approx(reward.total)
         assert reward.total >= weights_from(config).format * reward.format - 1e-12
         assert 0 <= reward.total <= 3.3
+
+
+# ---------------------------------------------------------------- overlong
+
+
+def test_overlong_penalty_by_hand() -> None:
+    """Limit 100 with a buffer of 20: nothing up to 80, then linear to -1."""
+    lengths = (0, 79, 80, 85, 90, 100)
+    assert [overlong_penalty(n, 100, 20) for n in lengths] == pytest.approx([0, 0, 0, -0.25, -0.5, -1])
+    assert overlong_penalty(100, 100, 0) == 0
+
+
+def test_each_turn_pays_for_its_own_length() -> None:
+    config, chain = (
+        replace(TOTAL, overlong_tokens=10, overlong_penalty=0.5),
+        ChainConfig(turn1_tokens=40, turn2_tokens=20),
+    )
+    rollout = Rollout("", "", GOOD1, GOOD2, (0, 0, 20, 10), True, tokens1=35, tokens2=20)
+    penalties = overlong_penalties(config, chain, rollout)
+    assert penalties == (-0.25, -0.5)
+    reward = score_rollout(config, GOOD1, GOOD2, (0, 0, 20, 10), AREAS, BOXES, j=0.6, overlong=penalties)
+    plain = score_rollout(config, GOOD1, GOOD2, (0, 0, 20, 10), AREAS, BOXES, j=0.6)
+    assert reward.turn1 == pytest.approx(plain.turn1 - 0.25) and reward.turn2 == pytest.approx(plain.turn2 - 0.5)
+    assert reward.total == pytest.approx(plain.total - 0.75) and reward.overlong == -0.75

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revseg_jax.chain.prompts import conversation_text
-from revseg_jax.config import load_config
-from revseg_jax.data.frames import encode_frame, resize_square
+from revseg_jax.config import LearnerConfig, load_config
+from revseg_jax.data.frames import decode_frame, encode_frame, resize_square
 from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.synthetic import render
 from revseg_jax.errors import InputError
-from revseg_jax.learner.update import batch_logprobs
+from revseg_jax.learner.update import make_learner
 from revseg_jax.policy.rope import sequence_positions
 from revseg_jax.rollout.engine import Prompt
+from revseg_jax.rollout.keyframes import encode_keyframes
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.rollout.sampling import SamplingConfig, draw, rollout_keys, truncate
 
@@ -100,17 +101,11 @@ def test_slots_hold_the_conversation_of_the_chat_template(loaded, sampled):
 
 def test_trainer_computes_the_logprobs_that_the_sampler_saw(loaded, sampled):
     _, batch, _ = sampled
-    policy = jax.jit(lambda parts, batch: batch_logprobs(loaded_policy(loaded, parts), batch, 64)[0])
-    again = policy((loaded.trained, loaded.frozen), batch)
+    learner = make_learner(loaded.engine.graphdef, LearnerConfig(), loaded.engine.encoder.layout)
+    again = learner.logprobs(loaded.trained, loaded.frozen, batch)
     gap = np.abs(np.asarray(again) - batch.logprobs)[batch.generated]
     assert gap.max() < 1e-5
     assert batch.generated.sum() > 100
-
-
-def loaded_policy(loaded, parts):
-    from flax import nnx
-
-    return nnx.merge(loaded.engine.graphdef, *parts)
 
 
 def test_a_failed_first_turn_ends_the_rollout(loaded):
@@ -197,3 +192,38 @@ def test_long_queries_are_refused_and_long_descriptions_cut(loaded):
         encoder.prefix("where is it? " * 800, 8, 2.0)
     encoded = encoder.turn2("an object " * 500, 10)
     assert encoded.mask.sum() <= encoder.layout.turn2_prompt
+
+
+class CountingPolicy:
+    """Features that show which images were encoded, and a list of how many at a time."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def encode(self, frames):
+        jax.debug.callback(self.rounds.append, frames.shape[0])
+        return frames.astype(jnp.float32).reshape(len(frames), 2, -1)
+
+
+def test_a_keyframe_chosen_several_times_is_encoded_once():
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 255, (3, 4, 2, 2, 3), np.uint8)
+    index = np.array([[0, 0, 1, 0], [-1, 0, 0, -1], [0, 0, 0, 0]], np.int32)
+    policy = CountingPolicy()
+    features = np.asarray(jax.jit(lambda *arrays: encode_keyframes(policy, *arrays))(images, index))
+    jax.effects_barrier()
+    assert [int(count) for count in policy.rounds] == [3, 3]  # two rounds of one image a prompt, not four
+    for b, g in np.argwhere(index >= 0):
+        np.testing.assert_array_equal(features[b, g].reshape(2, 2, 3), images[b, index[b, g]])
+
+
+def test_keyframes_are_those_the_rollouts_chose(loaded, sampled):
+    prompts, batch, chains = sampled
+    for b, row in enumerate(chains):
+        chosen = {rollout.turn1.frame_idx for rollout in row if rollout.turn1.ok}
+        assert batch.keyframe_index[b].max() == len(chosen) - 1
+        for g, rollout in enumerate(row):
+            assert (batch.keyframe_index[b, g] >= 0) == rollout.turn1.ok
+            if rollout.turn1.ok:
+                expected = resize_square(decode_frame(prompts[b].jpegs[rollout.turn1.frame_idx]), 168)
+                np.testing.assert_array_equal(batch.keyframes[b, batch.keyframe_index[b, g]], expected)

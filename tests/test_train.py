@@ -92,3 +92,21 @@ def test_export_gives_the_trained_policy(finished, tmp_path):
     kernel = loaded.policy.text.layers.query.kernel[...]
     np.testing.assert_array_equal(kernel, state.trained["text"]["layers"]["query"]["kernel"][...])
     assert loaded.chain == load_config(CONFIG).chain
+
+
+def test_ppo_with_dynamic_sampling_goes_on_from_its_checkpoint(clips, client, tmp_path):
+    """The critic is part of the checkpoint; batches that only replaced groups are not read again."""
+    options = ["learner.algorithm=ppo", "learner.kl=reward", "learner.ppo.critic=head", "rollout.resample_limit=1"]
+    options.append("learner.reference=host")
+    first = run(clips, client, tmp_path / "run", 1, *options)
+    critic = jax.tree.map(np.array, first.critic[0])
+    assert np.abs(critic["head"]["kernel"]).max() > 0
+    state = run(clips, client, tmp_path / "run", 2, *options)
+    assert int(state.step) == 2
+    moved = [
+        np.abs(np.asarray(b) - a).max() for a, b in zip(*map(jax.tree.leaves, (critic, state.critic[0])), strict=True)
+    ]
+    assert 0 < max(moved) < 1e-3  # two steps of Adam at 1e-5, from where the first run ended and not from anew
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(np.isfinite(row["learner/value_loss"]) and row["rollout/groups_replaced"] >= 0 for row in metrics)

@@ -1,4 +1,4 @@
-"""The jitted update: log-probabilities of a rollout batch, the loss, gradients by microbatches, an optimiser step."""
+"""The jitted update: the loss of a rollout batch, gradients by microbatches, optimiser steps by minibatches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import optax
 from flax import nnx
 
 from revseg_jax.config import LearnerConfig
-from revseg_jax.learner.losses import grpo_loss
-from revseg_jax.policy.model import Policy, chunked_logprobs
+from revseg_jax.learner.experience import Experience, Scores
+from revseg_jax.learner.forward import suffix_hidden, token_logprobs
+from revseg_jax.learner.losses import policy_losses, token_weights, value_losses
+from revseg_jax.learner.ppo import init_critic, token_values
 from revseg_jax.rollout.batch import RolloutBatch
+from revseg_jax.rollout.layout import SlotLayout
 
 
 class TrainState(NamedTuple):
@@ -23,96 +26,164 @@ class TrainState(NamedTuple):
     Attributes:
       trained: the policy's parameters that learn
       optimizer: optax state
-      step: int32 scalar, updates done
+      step: int32 scalar, training steps done
+      critic: PPO's critic, its parameters and their optax state; empty without one
     """
 
     trained: Any
     optimizer: Any
     step: jax.Array
+    critic: Any = ()
 
 
-def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
-    warmup = optax.schedules.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
-    schedule = warmup if config.warmup_steps else config.learning_rate
+def make_optimizer(config: LearnerConfig, learning_rate: float) -> optax.GradientTransformation:
+    warmup = optax.schedules.linear_schedule(0.0, learning_rate, max(config.warmup_steps, 1))
+    schedule = warmup if config.warmup_steps else learning_rate
     adam = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), adam)
 
 
-def batch_logprobs(policy: Policy, batch: RolloutBatch, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies float32 [B, G, S] of every suffix token given all before it; slot 0 gets 0."""
-    video = policy.encode(batch.frames)
-    prefix = policy.prefill(batch.prefix_tokens, jnp.moveaxis(batch.prefix_positions, 1, 0), batch.prefix_mask, video)
-    prompts, group = batch.tokens.shape[:2]
-    images = policy.encode(batch.keyframes.reshape(prompts * group, 1, *batch.keyframes.shape[2:]))
-    images = images.reshape(prompts, group, *images.shape[1:])
-    hidden = policy.suffix_hidden(prefix, batch.tokens, jnp.moveaxis(batch.positions, 2, 0), batch.mask, images)
-    logprobs, entropy = chunked_logprobs(policy, hidden[:, :, :-1], batch.tokens[:, :, 1:], chunk)
-    first = ((0, 0), (0, 0), (1, 0))
-    return jnp.pad(logprobs, first), jnp.pad(entropy, first)
+def make_learner(graphdef: nnx.GraphDef, config: LearnerConfig, layout: SlotLayout) -> Learner:
+    optimizers = (make_optimizer(config, rate) for rate in (config.learning_rate, config.ppo.learning_rate))
+    return Learner(graphdef, config, layout, *optimizers)
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The jitted functions of the update, for one policy structure and config."""
+    """The jitted functions of the update, for one policy structure, config and layout of the slots."""
 
     graphdef: nnx.GraphDef
     config: LearnerConfig
+    layout: SlotLayout
     optimizer: optax.GradientTransformation
+    critic_optimizer: optax.GradientTransformation
 
     def init(self, trained: Any) -> TrainState:
-        return TrainState(trained, jax.jit(self.optimizer.init)(trained), jnp.int32(0))
+        critic = ()
+        if self.config.algorithm == "ppo":
+            parameters = init_critic(self.config.ppo.critic, trained, trained["text"]["embedding"][...].shape[-1])
+            critic = (parameters, jax.jit(self.critic_optimizer.init)(parameters))
+        return TrainState(trained, jax.jit(self.optimizer.init)(trained), jnp.int32(0), critic)
+
+    def score(self, state: TrainState, reference: Any, frozen: Any, batch: RolloutBatch) -> Scores:
+        """What the models say about the sampled tokens. reference: like `state.trained`; not used when `kl` is off."""
+        config = self.config
+        return Scores(
+            # Sampler and trainer agree in float32, so the policy is asked again only when the difference is corrected.
+            old_logprobs=self.logprobs(state.trained, frozen, batch) if config.importance_cap else batch.logprobs,
+            reference_logprobs=self.logprobs(reference, frozen, batch) if config.kl != "off" else None,
+            values=self.values(state, frozen, batch) if config.algorithm == "ppo" else None,
+        )
 
     @partial(jax.jit, static_argnums=0)
-    def reference_logprobs(self, trained: Any, frozen: Any, batch: RolloutBatch) -> jax.Array:
-        """float32 [B, G, S] under the reference policy."""
-        policy = nnx.merge(self.graphdef, trained, frozen)
-        return batch_logprobs(policy, batch, self.config.logprob_chunk)[0]
+    def logprobs(self, trained: Any, frozen: Any, batch: RolloutBatch) -> jax.Array:
+        """float32 [B, G, S] of the suffix tokens under a policy."""
+
+        def of_part(part: RolloutBatch) -> jax.Array:
+            policy = nnx.merge(self.graphdef, trained, frozen)
+            return token_logprobs(policy, suffix_hidden(policy, part), part.tokens, self.config.logprob_chunk)[0]
+
+        return join(jax.lax.map(of_part, split(batch, self._microbatches(batch))))
+
+    @partial(jax.jit, static_argnums=0)
+    def values(self, state: TrainState, frozen: Any, batch: RolloutBatch) -> jax.Array:
+        """float32 [B, G, S] of the states before the suffix tokens under the critic."""
+        critic = state.critic[0]
+
+        def of_part(part: RolloutBatch) -> jax.Array:
+            trunk = nnx.merge(self.graphdef, critic.get("trunk", state.trained), frozen)
+            return token_values(critic, suffix_hidden(trunk, part))
+
+        return join(jax.lax.map(of_part, split(batch, self._microbatches(batch))))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def update(
-        self, state: TrainState, frozen: Any, batch: RolloutBatch, reference: jax.Array, advantages: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step on a batch of rollouts.
+    def update(self, state: TrainState, frozen: Any, experience: Experience) -> tuple[TrainState, dict[str, jax.Array]]:
+        """A training step: `epochs` passes over the rollouts, each of `minibatches` optimiser steps on whole groups.
 
-        reference: float32 [B, G, S] from `reference_logprobs`; advantages: float32 [B, G]. Gradients are accumulated
-        over microbatches of whole groups. Returns the new state and scalar metrics.
+        Returns the new state and scalar metrics, means over the optimiser steps; `logprob_gap` is the largest
+        difference between sampler and trainer, seen before the first of them.
         """
-        config = self.config
-        prompts = batch.tokens.shape[0]
-        size = config.prompts_per_microbatch or prompts
-        parts = jax.tree.map(lambda x: x.reshape(prompts // size, size, *x.shape[1:]), (batch, reference, advantages))
+        minibatches = split(experience, self.config.minibatches)
 
-        def loss_fn(trained, part):
-            batch, reference, advantages = part
-            policy = nnx.merge(self.graphdef, trained, frozen)
-            logprobs, entropy = batch_logprobs(policy, batch, config.logprob_chunk)
-            loss, metrics = grpo_loss(
-                logprobs,
-                batch.logprobs,
-                reference,
-                advantages,
-                batch.generated,
-                config.clip_low,
-                config.clip_high,
-                config.kl_coefficient,
-            )
-            tokens = jnp.maximum(batch.generated.sum(), 1)
-            gap = jnp.abs(logprobs - batch.logprobs) * batch.generated
-            metrics |= {
-                "loss": loss,
-                "entropy": (entropy * batch.generated).sum() / tokens,
-                "logprob_gap": gap.max(),
-            }
-            return loss, metrics
+        def epoch(state, _):
+            return jax.lax.scan(lambda state, part: self._optimizer_step(state, frozen, part), state, minibatches)
+
+        state, metrics = jax.lax.scan(epoch, state, length=self.config.epochs)
+        gap = metrics.pop("logprob_gap")[0, 0]
+        metrics = {name: value.mean() for name, value in metrics.items()} | {"logprob_gap": gap}
+        return state._replace(step=state.step + 1), metrics
+
+    def _optimizer_step(
+        self, state: TrainState, frozen: Any, experience: Experience
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        # The weights are those of the whole minibatch: microbatches then simply add up.
+        generated = experience.batch.generated
+        weights = token_weights(generated, self.config.aggregation, self.layout.turn1 + self.layout.turn2)
+        parameters = (state.trained, state.critic[0] if state.critic else ())
 
         def accumulate(total, part):
-            (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, part)
-            return jax.tree.map(lambda a, b: a + b * size / prompts, total, gradients), metrics
+            (_, metrics), gradients = jax.value_and_grad(self.loss, has_aux=True)(parameters, frozen, *part)
+            return jax.tree.map(jnp.add, total, gradients), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        gradients, metrics = jax.lax.scan(accumulate, zeros, parts)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        metrics = {name: value.max() if name == "logprob_gap" else value.mean() for name, value in metrics.items()}
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
-        return TrainState(trained, optimizer, state.step + 1), metrics
+        parts = split((experience, weights), self._microbatches(generated))
+        gradients, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, parameters), parts)
+        gap = metrics.pop("logprob_gap").max()
+        metrics = {name: value.sum() / (1.0 if name == "loss" else weights.sum()) for name, value in metrics.items()}
+        metrics |= {"logprob_gap": gap, "gradient_norm": optax.tree.norm(gradients[0])}
+
+        updates, optimizer = self.optimizer.update(gradients[0], state.optimizer, state.trained)
+        trained, critic = optax.apply_updates(state.trained, updates), state.critic
+        if critic:
+            updates, critic_optimizer = self.critic_optimizer.update(gradients[1], critic[1], critic[0])
+            critic = (optax.apply_updates(critic[0], updates), critic_optimizer)
+        return TrainState(trained, optimizer, state.step, critic), metrics
+
+    def loss(
+        self, parameters: tuple[Any, Any], frozen: Any, experience: Experience, weights: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar loss and metrics, weighted sums over tokens. parameters: the policy's trained ones and the critic's;
+        weights: float32 [B, G, S] of `token_weights`."""
+        config, batch, scores = self.config, experience.batch, experience.scores
+        trained, critic = parameters
+        policy = nnx.merge(self.graphdef, trained, frozen)
+        hidden = suffix_hidden(policy, batch)
+        logprobs, entropy = token_logprobs(policy, hidden, batch.tokens, config.logprob_chunk)
+        losses, metrics = policy_losses(
+            config,
+            logprobs,
+            entropy,
+            scores.old_logprobs,
+            batch.logprobs,
+            scores.reference_logprobs,
+            experience.advantages,
+            batch.generated,
+        )
+        metrics["loss"] = losses
+        if critic:
+            seen = hidden
+            if "trunk" in critic:
+                seen = suffix_hidden(nnx.merge(self.graphdef, critic["trunk"], frozen), batch)
+            values = token_values(critic, seen)
+            metrics["value_loss"] = value_losses(config.ppo, values, scores.values, experience.returns)
+        metrics = {name: (weights * value).sum() for name, value in metrics.items()}
+        loss = metrics["loss"]
+        if critic:
+            loss = loss + config.ppo.value_coefficient * metrics["value_loss"]
+        metrics["logprob_gap"] = (jnp.abs(logprobs - batch.logprobs) * batch.generated).max()
+        return loss, metrics
+
+    def _microbatches(self, like: RolloutBatch | jax.Array) -> int:
+        """Into how many parts the prompts go, one part being in memory at a time."""
+        prompts = jax.tree.leaves(like)[0].shape[0]
+        return prompts // (self.config.prompts_per_microbatch or prompts)
+
+
+def split(tree: Any, parts: int) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]. Part i takes the prompts i, i + parts, ...: each device splits what
+    it holds, and none has to send its prompts to another."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join(array: jax.Array) -> jax.Array:
+    """The inverse of `split` for one array."""
+    return array.swapaxes(0, 1).reshape(-1, *array.shape[2:])

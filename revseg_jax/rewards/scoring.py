@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from revseg_jax.config import RewardsConfig
+from revseg_jax.config import ChainConfig, RewardsConfig
 from revseg_jax.data.pipeline import Batch
+from revseg_jax.rewards.overlong import overlong_penalty
 from revseg_jax.rewards.total import RolloutReward, score_rollout, weights_from
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.tracker.client import Scores, TrackerClient
@@ -46,7 +47,9 @@ def request_rewards(
     return PendingRewards(first, chains, scores)
 
 
-def collect_rewards(config: RewardsConfig, batch: Batch, pending: PendingRewards) -> list[list[RolloutReward]]:
+def collect_rewards(
+    config: RewardsConfig, chain: ChainConfig, batch: Batch, pending: PendingRewards
+) -> list[list[RolloutReward]]:
     """Waits for the scores and gives each rollout its reward. Raises RunFailure when no sidecar answers."""
     rewards = []
     for b, (row, future) in enumerate(zip(pending.chains, pending.scores, strict=True), start=pending.first):
@@ -64,9 +67,19 @@ def collect_rewards(config: RewardsConfig, batch: Batch, pending: PendingRewards
                 batch.boxes[b, :count],
                 j=float(j),
                 f=float(f),
+                overlong=overlong_penalties(config, chain, rollout),
             )
             rewards[-1].append(reward)
     return rewards
+
+
+def overlong_penalties(config: RewardsConfig, chain: ChainConfig, rollout: Rollout) -> tuple[float, float]:
+    """Of both turns, 0 or less."""
+    lengths = ((rollout.tokens1, chain.turn1_tokens), (rollout.tokens2, chain.turn2_tokens))
+    first, second = (
+        config.overlong_penalty * overlong_penalty(length, limit, config.overlong_tokens) for length, limit in lengths
+    )
+    return first, second
 
 
 def _means(scores: Scores) -> tuple[np.ndarray, np.ndarray]:

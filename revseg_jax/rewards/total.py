@@ -1,4 +1,4 @@
-"""The reward of a rollout: r = w_f r_f + w_t 1[S1] r_t + 1[S1 and S2] (w_s r_s + w_m r_m)."""
+"""The reward of a rollout: r = w_f r_f + w_t 1[S1] r_t + 1[S1 and S2] (w_s r_s + w_m r_m) + overlong penalties."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ class RolloutReward:
 
     Attributes:
         format, temporal, spatial, mask: the terms before weighting, in [0, 1]; 0 where a failed turn gates them.
-        total: the weighted sum, turn1 + turn2.
+        total: the weighted sum and the overlong penalties, turn1 + turn2.
         turn1, turn2: what each turn earned by itself, weighted: its half of the format term, and the temporal term for
-            turn 1, the spatial and mask terms for turn 2.
+            turn 1, the spatial and mask terms for turn 2; with its overlong penalty.
         turns: turns that took place, 1 or 2.
+        overlong: the penalties of both turns, 0 or less.
     """
 
     format: float
@@ -57,6 +58,7 @@ class RolloutReward:
     turn1: float
     turn2: float
     turns: int
+    overlong: float = 0.0
 
 
 def weights_from(config: RewardsConfig) -> RewardWeights:
@@ -93,6 +95,7 @@ def score_rollout(
     boxes: np.ndarray,
     j: float = 0.0,
     f: float = 0.0,
+    overlong: tuple[float, float] = (0.0, 0.0),
 ) -> RolloutReward:
     """Scores one chain.
 
@@ -102,6 +105,7 @@ def score_rollout(
         box: the answer's box in original pixels, clipped (`chain.geometry.box_to_original`); None counts as failure.
         areas, boxes: float [N] and [N, 4], ground-truth boxes in original pixels at the frames shown; 0 when absent.
         j, f: means over the clip's frames of the tracker's masks, when they are wanted.
+        overlong: the penalty of each turn, 0 or less.
     """
     ok1 = turn1.ok
     ok2 = ok1 and turn2 is not None and turn2.ok and box is not None
@@ -111,6 +115,7 @@ def score_rollout(
     mask = mask_reward(config.mask_kind, j, f) if ok2 else 0.0
     first = combine(weights, format_reward(turn1, None), temporal, 0.0, 0.0, ok1, False)
     total = combine(weights, format_reward(turn1, turn2), temporal, spatial, mask, ok1, ok2)
+    first, total = first + overlong[0], total + sum(overlong)
     return RolloutReward(
         format=format_reward(turn1, turn2),
         temporal=temporal,
@@ -120,4 +125,5 @@ def score_rollout(
         turn1=float(first),
         turn2=float(total - first),
         turns=1 if turn2 is None else 2,
+        overlong=float(sum(overlong)),
     )

@@ -17,7 +17,7 @@ class Rollout:
       turn1, turn2: what was parsed from them; turn2 is None when turn 1 failed
       box: the second answer's box in pixels of the ORIGINAL frame, clipped to it; None when there is none
       truncated: an answer reached its token limit without ending
-      tokens: how many were sampled, both turns
+      tokens1, tokens2: how many were sampled in each turn, the end token included
     """
 
     answer1: str
@@ -26,7 +26,12 @@ class Rollout:
     turn2: Turn2 | None
     box: Box | None
     truncated: bool
-    tokens: int
+    tokens1: int
+    tokens2: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens1 + self.tokens2
 
     @property
     def ok(self) -> bool:

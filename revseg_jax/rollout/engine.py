@@ -20,6 +20,7 @@ from revseg_jax.parallel.mesh import batch_sharding
 from revseg_jax.policy.text import PrefixCache, SuffixCache, empty_suffix_cache
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.keyframes import encode_keyframes
 from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.sampling import SamplingConfig, decode_answer
 
@@ -96,14 +97,14 @@ class RolloutEngine:
         # Turn 2: the same conversation goes on, with the chosen frame at high resolution.
         alive = np.array([[turn.ok for turn in row] for row in turns1])
         prompt2, positions2, mask2, next2 = self._turn2_arrays(turns1, start + lengths1 + 1)
-        keyframes = self._keyframes(prompts, turns1)
+        keyframes, keyframe_index = self._keyframes(prompts, turns1)
         suffix = _extend(
             self.graphdef,
             layout.turn2_prompt_start,
             params,
             cache,
             suffix,
-            *map(place, (prompt2[..., :-1], positions2[..., :-1], mask2[..., :-1], keyframes)),
+            *map(place, (prompt2[..., :-1], positions2[..., :-1], mask2[..., :-1], keyframes, keyframe_index)),
         )
         answers = _turn2(
             self.graphdef,
@@ -137,7 +138,8 @@ class RolloutEngine:
                         turn2=turn2,
                         box=box,
                         truncated=not ended1[b, g] or bool(turn1.ok and not ended2[b, g]),
-                        tokens=int(lengths1[b, g] + real2[b, g].sum()),
+                        tokens1=int(lengths1[b, g]),
+                        tokens2=int(real2[b, g].sum()),
                     )
                 )
             chains.append(row)
@@ -152,6 +154,7 @@ class RolloutEngine:
             prefix_positions=positions,
             prefix_mask=mask,
             keyframes=keyframes,
+            keyframe_index=keyframe_index,
             tokens=np.concatenate([first[..., None], tokens1, prompt2, tokens2], -1),
             positions=np.concatenate(
                 [_three(start[..., None]), _three(answer1_positions), positions2, _three(answer2_positions)], -1
@@ -183,17 +186,17 @@ class RolloutEngine:
                 following[b, g] = encoded.next_position
         return tokens, positions, mask, following
 
-    def _keyframes(self, prompts: Sequence[Prompt], turns: list[list[Turn1]]) -> np.ndarray:
-        """uint8 [B, G, side, side, 3]; each frame is decoded once however many rollouts chose it."""
+    def _keyframes(self, prompts: Sequence[Prompt], turns: list[list[Turn1]]) -> tuple[np.ndarray, np.ndarray]:
+        """`keyframes` and `keyframe_index` of a RolloutBatch; each frame is decoded once however many chose it."""
         side = self.encoder.chain.keyframe_size
         images = np.zeros((len(prompts), len(turns[0]), side, side, 3), np.uint8)
+        index = np.full(images.shape[:2], -1, np.int32)
         for b, (prompt, row) in enumerate(zip(prompts, turns, strict=True)):
-            chosen = {turn.frame_idx for turn in row if turn.ok}
-            decoded = {k: resize_square(decode_frame(prompt.jpegs[k]), side) for k in chosen}
-            for g, turn in enumerate(row):
-                if turn.ok:
-                    images[b, g] = decoded[turn.frame_idx]
-        return images
+            chosen = list(dict.fromkeys(turn.frame_idx for turn in row if turn.ok))
+            for slot, frame in enumerate(chosen):
+                images[b, slot] = resize_square(decode_frame(prompt.jpegs[frame]), side)
+            index[b] = [chosen.index(turn.frame_idx) if turn.ok else -1 for turn in row]
+        return images, index
 
 
 def _three(positions: np.ndarray) -> np.ndarray:
@@ -226,12 +229,10 @@ def _turn1(graphdef, limit, slots, sampling, params, prefix, token, position, al
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _extend(graphdef, slot, params, prefix, cache, tokens, positions, mask, keyframes) -> SuffixCache:
+def _extend(graphdef, slot, params, prefix, cache, tokens, positions, mask, keyframes, keyframe_index) -> SuffixCache:
     """Reads the turn-2 prompts, all but their last token, into the suffix cache from `slot` on."""
     policy = nnx.merge(graphdef, *params)
-    prompts, group = tokens.shape[:2]
-    images = policy.encode(keyframes.reshape(prompts * group, 1, *keyframes.shape[2:]))
-    x = policy.embed(tokens, images.reshape(prompts, group, *images.shape[1:]))
+    x = policy.embed(tokens, encode_keyframes(policy, keyframes, keyframe_index))
     return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, prefix, cache)[1]
 
 

@@ -48,6 +48,11 @@ class SlotLayout:
     def suffix(self) -> int:
         return self.turn2_start + self.turn2
 
+    @property
+    def turns(self) -> np.ndarray:
+        """The turn, 0 or 1, of every suffix slot: int [S]."""
+        return (np.arange(self.suffix) >= self.turn2_prompt_start).astype(int)
+
 
 @dataclass(frozen=True)
 class EncodedPrefix:

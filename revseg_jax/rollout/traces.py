@@ -10,6 +10,8 @@ from revseg_jax.data.pipeline import Batch
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
 
+REWARDS = ("format", "temporal", "spatial", "mask", "overlong", "total")
+
 
 def trace_record(
     chain: ChainConfig, batch: Batch, b: int, sample: int, rollout: Rollout, reward: RolloutReward, step: int
@@ -38,6 +40,6 @@ def trace_record(
         "box": list(rollout.box) if rollout.box else None,
         "truth_box": truth,
         "failure": rollout.failure,
-        "reward": {name: getattr(reward, name) for name in ("format", "temporal", "spatial", "mask", "total")},
+        "reward": {name: getattr(reward, name) for name in REWARDS},
         "size": batch.size[b].tolist(),
     }

@@ -1,0 +1,118 @@
+"""The groups of a training step: rollouts whose rewards are on their way; those that would teach nothing replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from revseg_jax.config import Config
+from revseg_jax.data.pipeline import Batch, Example, stack
+from revseg_jax.rewards.scoring import PendingRewards, collect_rewards, request_rewards
+from revseg_jax.rewards.total import RolloutReward
+from revseg_jax.rollout.batch import RolloutBatch, concatenate
+from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.engine import RolloutEngine
+from revseg_jax.rollout.loading import prompts_of
+from revseg_jax.rollout.sampling import rollout_keys
+from revseg_jax.tracker.client import TrackerClient
+
+NO_SPREAD = 1e-6  # deviation of a group's rewards under which they are equal
+
+
+class Groups(NamedTuple):
+    """Attributes:
+    batch: the B examples
+    rollouts: [B, G], on the host
+    pending: their rewards, in parts that together cover the batch
+    decode_steps: steps of the decoding loops times rollouts in them
+    tokens: those of these steps that gave a token
+    """
+
+    batch: Batch
+    rollouts: RolloutBatch
+    pending: list[PendingRewards]
+    decode_steps: int
+    tokens: int
+
+    @property
+    def chains(self) -> list[Sequence[Rollout]]:
+        return [row for waiting in self.pending for row in waiting.chains]
+
+    def rewards(self, config: Config) -> list[list[RolloutReward]]:
+        """[B][G]; waits for the sidecar."""
+        parts = (collect_rewards(config.rewards, config.chain, self.batch, waiting) for waiting in self.pending)
+        return [row for part in parts for row in part]
+
+
+def sample_groups(
+    config: Config, engine: RolloutEngine, params: Any, client: TrackerClient | None, step: int, batch: Batch
+) -> Groups:
+    """Rollouts in parts, so that the sidecar scores one part while the next is being sampled. params: (trained, frozen)
+    ones of the policy."""
+    keys = rollout_keys(config.run.seed, step, batch.index, config.rollout.group_size)
+    size = config.rollout.prompts_per_batch or len(batch)
+    prompts, parts, pending, steps, tokens = prompts_of(batch), [], [], 0, 0
+    for begin in range(0, len(batch), size):
+        arrays, chains = engine.sample(params, prompts[begin : begin + size], keys[begin : begin + size])
+        parts.append(arrays)
+        pending.append(request_rewards(client, config.rewards, batch, begin, chains))
+        steps, tokens = steps + decode_steps(chains), tokens + sum(chain.tokens for row in chains for chain in row)
+    return Groups(batch, concatenate(parts), pending, steps, tokens)
+
+
+def decode_steps(chains: Sequence[Sequence[Rollout]]) -> int:
+    """Steps of the two decoding loops times the rollouts that were in them, ended ones included.
+
+    A loop runs until the longest answer has ended, and one step more to put its last token into the cache.
+    """
+    flat = [chain for row in chains for chain in row]
+    longest = max(chain.tokens1 for chain in flat), max(chain.tokens2 for chain in flat)
+    return sum(steps + 1 for steps in longest if steps) * len(flat)
+
+
+def replace_groups_without_spread(
+    config: Config, first: Groups, batches: Iterator[Batch], sample: Callable[[Batch], Groups]
+) -> tuple[Groups, int]:
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage;
+    the first groups of further batches that have one take their places.
+
+    At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Returns the groups
+    and how many were replaced.
+    """
+    drawn, wanted = [first], len(first.batch)
+    useful = _with_spread(first, config)
+    while len(useful) < wanted and len(drawn) <= config.rollout.resample_limit:
+        drawn.append(sample(next(batches)))
+        useful += [(len(drawn) - 1, row) for _, row in _with_spread(drawn[-1], config)]
+    chosen = useful[:wanted]
+    chosen = sorted(chosen + [(0, row) for row in range(wanted) if (0, row) not in chosen][: wanted - len(chosen)])
+    if all(number == 0 for number, _ in chosen):
+        return first, 0
+    columns = zip(*(groups.rollouts for groups in drawn), strict=True)
+    groups = Groups(
+        batch=stack([_example(drawn[number].batch, row) for number, row in chosen]),
+        rollouts=RolloutBatch(*(np.stack([column[number][row] for number, row in chosen]) for column in columns)),
+        pending=[_pending(drawn[number], row, place) for place, (number, row) in enumerate(chosen)],
+        decode_steps=sum(groups.decode_steps for groups in drawn),
+        tokens=sum(groups.tokens for groups in drawn),
+    )
+    return groups, sum(number > 0 for number, _ in chosen)
+
+
+def _with_spread(groups: Groups, config: Config) -> list[tuple[int, int]]:
+    totals = np.array([[reward.total for reward in row] for row in groups.rewards(config)])
+    return [(0, int(row)) for row in np.flatnonzero(totals.std(axis=1) > NO_SPREAD)]
+
+
+def _example(batch: Batch, row: int) -> Example:
+    return Example(**{field.name: getattr(batch, field.name)[row] for field in fields(Example)})
+
+
+def _pending(groups: Groups, row: int, place: int) -> PendingRewards:
+    """The rewards of one row of `groups`, which becomes row `place` of another batch."""
+    waiting = next(part for part in groups.pending if row < part.first + len(part.chains))
+    index = row - waiting.first
+    return PendingRewards(place, [waiting.chains[index]], [waiting.scores[index]])

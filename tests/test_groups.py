@@ -1,0 +1,108 @@
+"""The groups of a training step: what dynamic sampling keeps, what decoding wastes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from revseg_jax.chain.parsing import Turn1, Turn2
+from revseg_jax.config import Config, RewardsConfig, RolloutConfig
+from revseg_jax.data.pipeline import Batch, Example, stack
+from revseg_jax.groups import Groups, decode_steps, replace_groups_without_spread
+from revseg_jax.rewards.scoring import PendingRewards
+from revseg_jax.rollout.batch import RolloutBatch
+from revseg_jax.rollout.chains import Rollout
+
+CONFIG = Config(
+    rewards=RewardsConfig(preset="custom", temporal=1.0), rollout=RolloutConfig(prompts_per_step=3, group_size=2)
+)
+
+
+def chain(keyframe: int, tokens1: int = 5, tokens2: int = 3) -> Rollout:
+    turn1 = Turn1(True, keyframe, "a thing", 1.0, "")
+    return Rollout("", "", turn1, Turn2(True, (0, 0, 1, 1), 1.0, ""), (0, 0, 1, 1), False, tokens1, tokens2)
+
+
+def example(index: int) -> Example:
+    """The object is absent from the first of two frames: keyframe 1 earns 1, keyframe 0 nothing."""
+    return Example(
+        index=index,
+        video_id=f"video{index}",
+        expression_id="0",
+        query="the thing",
+        kind="referring",
+        fps=2.0,
+        seconds=1.0,
+        size=np.array([8, 8], np.int32),
+        frames=np.full((2, 4, 4, 3), index, np.uint8),
+        frame_count=2,
+        sampled=np.arange(2),
+        boxes=np.array([[0, 0, 0, 0], [0, 0, 4, 4]], np.float32),
+        areas=np.array([0, 16], np.float32),
+        jpegs=(b"a", b"b"),
+        masks=(None, None),
+    )
+
+
+def groups(first: int, keyframes: list[tuple[int, int]]) -> Groups:
+    """Prompts first, first + 1, ...; two rollouts each, in parts of two prompts and what is left."""
+    batch = stack([example(first + i) for i in range(len(keyframes))])
+    chains = [[chain(k) for k in pair] for pair in keyframes]
+    pending = [PendingRewards(at, chains[at : at + 2], [None] * len(chains[at : at + 2])) for at in (0, 2)]
+    rollouts = RolloutBatch(*(np.repeat(batch.index[:, None], 2, 1) for _ in RolloutBatch._fields))
+    return Groups(batch, rollouts, pending, decode_steps=30, tokens=24)
+
+
+def replaced(first: Groups, *more: Groups, limit: int = 5) -> tuple[Groups, int, int]:
+    """The result, and how many batches were taken."""
+    config = replace(CONFIG, rollout=replace(CONFIG.rollout, resample_limit=limit))
+    prepared = {int(g.batch.index[0]): g for g in more}
+    batches = iter([g.batch for g in more])
+    result = replace_groups_without_spread(config, first, batches, lambda batch: prepared[int(batch.index[0])])
+    return *result, len(more) - len(list(batches))
+
+
+def indices(result: Groups) -> list[int]:
+    """Of the prompts, which arrays, chains and rewards must agree on."""
+    batch: Batch = result.batch
+    assert result.rollouts.tokens[:, 0].tolist() == batch.index.tolist()
+    assert [part.first for part in result.pending] == sorted(part.first for part in result.pending)
+    assert len(result.chains) == len(result.rewards(CONFIG)) == len(batch)
+    assert all(batch.frames[b].max() == index for b, index in enumerate(batch.index))
+    return batch.index.tolist()
+
+
+def test_groups_without_spread_are_replaced_by_later_ones():
+    first = groups(0, [(0, 1), (1, 1), (0, 0)])
+    second, third = groups(3, [(1, 1), (0, 1), (0, 0)]), groups(6, [(1, 0), (0, 1), (0, 1)])
+    result, count, taken = replaced(first, second, third, groups(9, [(0, 1)] * 3))
+    assert indices(result) == [0, 4, 6] and count == 2 and taken == 2
+    totals = np.array([[reward.total for reward in row] for row in result.rewards(CONFIG)])
+    assert (totals.std(axis=1) > 0).all()
+    assert (result.decode_steps, result.tokens) == (90, 72)
+
+
+def test_nothing_is_drawn_when_all_groups_differ():
+    first = groups(0, [(0, 1)] * 3)
+    result, count, taken = replaced(first, groups(3, [(0, 1)] * 3))
+    assert result is first and count == taken == 0
+
+
+def test_the_limit_leaves_what_could_not_be_replaced():
+    first = groups(0, [(1, 1), (0, 0), (0, 1)])
+    result, count, taken = replaced(first, groups(3, [(1, 1)] * 3), groups(6, [(0, 1)] * 3), limit=1)
+    assert indices(result) == [0, 1, 2] and count == 0 and taken == 1
+    result, count, taken = replaced(first, groups(3, [(1, 1), (0, 1), (1, 1)]), limit=1)
+    assert indices(result) == [0, 2, 4] and count == 1 and taken == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "steps"),
+    [
+        ([(5, 3), (5, 3)], (6 + 4) * 2),  # a step more than the longest: it stores the last token
+        ([(9, 0), (2, 4), (5, 1)], (10 + 5) * 3),
+        ([(7, 0), (3, 0)], 8 * 2),  # nobody reached turn 2: its loop does not run
+    ],
+)
+def test_decoding_runs_until_the_longest_has_ended(lengths, steps):
+    assert decode_steps([[chain(1, *pair) for pair in lengths]]) == steps
