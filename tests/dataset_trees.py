@@ -129,10 +129,11 @@ def mevis(root: Path) -> Path:
 
 
 def revos(root: Path) -> Path:
-    """Video ids that are paths, type_id, an expression about nothing, the masks of all that is an object."""
+    """Video ids that are paths, type_id, an expression about nothing, the masks of all that is an object. An absent
+    object is null here and an empty mask there."""
     names = [f"{t:05d}" for t in range(4)]
     expressions = {
-        "0": {"exp": "the left one", "obj_id": [0], "anno_id": [4], "type_id": 0},
+        "0": {"exp": "the lower one", "obj_id": [1], "anno_id": [17], "type_id": 0},
         "1": {"exp": "what could one eat?", "obj_id": [0, 1], "anno_id": [4, 17], "type_id": 1},
         "2": {"exp": "a zebra", "obj_id": [], "anno_id": [], "type_id": 2},
     }
@@ -141,7 +142,9 @@ def revos(root: Path) -> Path:
         content = {"videos": {video: {"expressions": expressions, "vid_id": 0, "frames": names}}}
         write_json(root / f"meta_expressions_{split}_.json", content)
         frames_in(root / "JPEGImages" / video, names)
-    write_json(root / "mask_dict.json", {k: [rle(mask) for mask in m] for k, m in MEVIS_OBJECTS.items()})
+    masks = {k: [rle(mask) for mask in m] for k, m in MEVIS_OBJECTS.items()}
+    masks["17"][1] = rle(np.zeros((HEIGHT, WIDTH), bool))
+    write_json(root / "mask_dict.json", masks)
     # Either one mask a frame or the list of its parts.
     parts = [[rle(MEVIS_OBJECTS[k][t]) for k in ("4", "17", "23") if MEVIS_OBJECTS[k][t] is not None] for t in range(4)]
     write_json(root / "mask_dict_foreground.json", {"OVIS/valid/3ba3": {"masks_rle": parts, "vid_id": 0}})

@@ -165,7 +165,8 @@ def test_other_peoples_images(tmp_path, data):
 
 def test_davis_protocols(tmp_path, data):
     """Annotator 0 swaps the objects: fatal for each expression, repaired by the matching of the merged masks.
-    Annotator 1 names the first object twice: where masks overlap the first wins, so the second segment is empty.
+    Annotator 1's second mask covers both objects: where masks overlap the first wins, which makes it right.
+    Annotator 3 does not find the second object.
     Void pixels count for (b) only."""
     objects = [np.stack(trees.DAVIS_OBJECTS[k]) for k in (1, 2)]
 
@@ -174,12 +175,14 @@ def test_davis_protocols(tmp_path, data):
         if annotator == 0:
             return objects[1 - k]
         if annotator == 1:
-            return objects[0]
+            return objects[0] | (objects[1] if k else False)
+        if annotator == 3 and k == 1:
+            return np.zeros_like(masks)
         return masks | trees.box(60, 20, 6) if annotator == 2 and k == 0 else masks
 
     written = write_all(data, "ref_davis17", tmp_path, change)
     found = rows(data, "ref_davis17", tmp_path)
-    assert found["Ref-DAVIS17 (a)"].jf == pytest.approx((100 + 50 + 100 + 100) / 4)
+    assert found["Ref-DAVIS17 (a)"].jf == pytest.approx((100 + 100 + 100 + 50) / 4)
     truth = truths(data, "ref_davis17")
     j, f = np.mean([jf(masks, truth[key]) for key, masks in written.items()], axis=0)
     assert (found["Ref-DAVIS17 (b)"].j, found["Ref-DAVIS17 (b)"].f) == pytest.approx((j, f))

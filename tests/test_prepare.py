@@ -100,6 +100,7 @@ def test_revos(tmp_path):
     content, clips, source = prepared_clips("revos", trees.revos, tmp_path, "valid")
     assert [clip.kind for clip in clips] == ["referring", "reasoning", "non-existent"]
     assert clips[0].video_id == "OVIS/valid/3ba3"
+    assert_masks(clips[0], union(MEVIS_OBJECTS["17"]))
     assert_masks(clips[1], union(MEVIS_OBJECTS["4"], MEVIS_OBJECTS["17"]))
     assert set(clips[2].masks) == {None}
     everything = union(*MEVIS_OBJECTS.values())
