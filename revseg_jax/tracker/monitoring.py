@@ -62,7 +62,7 @@ def serve_metrics(
     gauges: name -> (help, read at each scrape); those ending in _total are counters.
     """
     try:
-        from prometheus_client import CollectorRegistry, Histogram, start_http_server
+        from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     except ImportError:
         raise InputError("--metrics-port needs prometheus_client: pip install 'revseg-jax[sidecar]'") from None
@@ -75,6 +75,7 @@ def serve_metrics(
 
     registry = CollectorRegistry()
     registry.register(Gauges())
+    ProcessCollector(registry=registry)  # memory, processor time and open files of this process, where /proc is
     seconds = Histogram(
         "revseg_sidecar_call_seconds", "Time of a call", ["method", "code"], registry=registry, buckets=BUCKETS
     )
