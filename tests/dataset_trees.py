@@ -80,7 +80,8 @@ def ref_youtube_vos(root: Path) -> Path:
     expressions = {str(n): {"exp": f"thing {n}", "obj_id": "1" if n % 2 else "2"} for n in range(12)}
     train = {"videos": {"0a1b": {"expressions": dict(sorted(expressions.items())), "frames": YTVOS_NAMES}}}
     write_json(root / "meta_expressions/train/meta_expressions.json", train)
-    frames_in(root / "train/JPEGImages/0a1b", YTVOS_NAMES)
+    # Whoever has the download of all frames has four more between those that are annotated.
+    frames_in(root / "train/JPEGImages/0a1b", [*YTVOS_NAMES, "00001", "00002", "00003", "00004"])
     palette(root / "train/Annotations/0a1b", YTVOS_NAMES, YTVOS_OBJECTS)
     write_json(root / "train/meta.json", {"videos": {}})
     hidden = {name: {"expressions": {"0": {"exp": "a dog"}}, "frames": YTVOS_NAMES} for name in ("val", "test")}

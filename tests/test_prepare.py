@@ -16,11 +16,16 @@ import dataset_trees as trees
 import numpy as np
 import pytest
 from dataset_trees import HEIGHT, MEVIS_OBJECTS, WIDTH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from revseg_jax.cli import main
 from revseg_jax.config import ChainConfig
 from revseg_jax.data import writer
 from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.datasets.listing import Problem
+from revseg_jax.data.datasets.masks import run_length_masks, run_lengths
 from revseg_jax.data.pipeline import training_steps
 from revseg_jax.data.prepare import prepare
 from revseg_jax.data.prepared import read_prepared
@@ -150,7 +155,7 @@ def test_splits_that_are_there_are_taken(tmp_path):
 
 
 def damaged_mevis(root: Path) -> Path:
-    """Six videos, each with something of its own wrong, and one that is right."""
+    """Videos with something of their own wrong each, and one that is right."""
     trees.mevis(root)
     folder = root / "valid_u"
     meta, masks = json.loads((folder / "meta_expressions.json").read_text()), {}
@@ -162,6 +167,8 @@ def damaged_mevis(root: Path) -> Path:
     videos["masks"] = {
         "0": {"exp": "wrong size", "anno_id": [2]},
         "1": {"exp": "too few", "anno_id": [3]},
+        "6": {"exp": "cut off", "anno_id": [7]},
+        "7": {"exp": "no mask", "anno_id": [8]},
         "2": {"exp": "no object", "anno_id": []},
         "3": {"exp": "unknown", "anno_id": [1, 99]},
         "4": {"exp": " ", "anno_id": [1]},
@@ -169,6 +176,8 @@ def damaged_mevis(root: Path) -> Path:
     }
     masks["2"] = [*good[:2], trees.rle(trees.box(1, 1, height=HEIGHT // 2)), None]
     masks["3"] = good[:3]
+    masks["7"] = [{**good[0], "counts": good[0]["counts"][:-2]}, *good[1:]]
+    masks["8"] = [*good[:3], {"size": [HEIGHT, WIDTH]}]
     for number, name in enumerate(videos):
         trees.frames_in(folder / "JPEGImages" / name, names, seed=number)
     (folder / "JPEGImages/no_frame/00002.jpg").unlink()
@@ -189,9 +198,9 @@ def test_bad_data_is_named_and_counted(tmp_path):
     summary = content["summary"]["valid_u"]
     assert summary["videos"] == 2 and summary["skipped_videos"] == 3
     assert summary["problems"] == {
-        "bad mask": 2,
+        "bad mask": 4,
         "empty expression": 1,
-        "expression of a bad mask": 2,
+        "expression of a bad mask": 4,
         "expression without objects": 1,
         "frames of several sizes": 1,
         "missing frame": 1,
@@ -206,6 +215,27 @@ def test_bad_data_is_named_and_counted(tmp_path):
     assert "masks" in messages["unknown object"] and "99" in messages["unknown object"]
     assert any("80x24" in line["message"] and "annotation 2" in line["message"] for line in lines)
     assert any("3 masks for 4 frames" in line["message"] for line in lines)
+    assert any("annotation 7: the" in line["message"] and "frame 0" in line["message"] for line in lines)
+    assert any("annotation 8: the mask of frame 3 is no COCO RLE" in line["message"] for line in lines)
+
+
+@settings(deadline=None)
+@given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)))
+def test_run_lengths_are_those_of_the_pixels(mask):
+    expected = trees.uncompressed(mask)["counts"]
+    assert run_lengths(trees.rle(mask)["counts"].encode()).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=30), st.integers(1, 12), st.integers(1, 12))
+def test_damaged_run_lengths_never_pass(counts, height, width):
+    """Whatever the bytes: either a mask that the COCO API decodes to as many pixels, or a named problem."""
+    rle = {"size": [height, width], "counts": counts}
+    found = run_length_masks("v", {"1": [rle]}, 1, Path("f"), height, width)["1"]
+    if isinstance(found, Problem):
+        assert found.cause == "bad mask"
+    elif found[0] is not None:
+        assert decode_mask(found[0], height, width).sum() == run_lengths(counts)[1::2].sum() > 0
 
 
 def test_strict_stops_at_the_first_problem(tmp_path):
