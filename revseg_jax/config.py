@@ -102,6 +102,7 @@ class RewardsConfig:
     temporal_kind: str = "soft"  # none | binary | soft
     spatial_kind: str = "threshold"  # threshold (IoU > 0.5) | iou
     mask_kind: str = "j"  # j | jf
+    mask_frames: int = 0  # of the shown ones, evenly spread, on which masks are compared; 0 means all
     overlong_tokens: int = 0  # an answer loses reward over the last this many tokens of its limit (DAPO); 0 means off
     overlong_penalty: float = 1.0  # what an answer that reaches its limit loses
 

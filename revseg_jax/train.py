@@ -130,6 +130,7 @@ def run_steps(
             raise RunFailure(f"step {step + 1}: the loss is {metrics['learner/loss']}")
 
         metrics |= step_metrics(groups, rewards) | clock.seconds
+        metrics["reward/wait_fraction"] = clock.seconds["seconds/reward_wait"] / sum(clock.seconds.values())
         metrics["rollout/groups_replaced"] = replaced
         metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
         done, position = step + 1, data.get_state()

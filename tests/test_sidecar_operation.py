@@ -6,15 +6,18 @@ import json
 import re
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, some_prompts, start_sidecar
+from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, moving_shapes, some_prompts, start_sidecar
 
 from revseg_jax import cli
+from revseg_jax.config import RewardsConfig
 from revseg_jax.errors import InputError
+from revseg_jax.rewards.scoring import request_rewards
 from revseg_jax.tracker import TrackerClient
 
 pytest_plugins = ["tracker_fixtures"]
@@ -50,6 +53,24 @@ def test_frames_are_segmented_as_the_image_predictor_does(serving, model, size):
             different = masks[frame] != (logits > 0)
             assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
             assert 0 < masks[frame].mean() < 1
+
+
+# --- rewards
+
+
+def test_rewards_on_some_frames(serving):
+    service, port = serving()
+    clip, truth = moving_shapes(6), np.zeros((6, HEIGHT, WIDTH), bool)
+    truth[:, 10:60, 20:80] = True
+    rollout = SimpleNamespace(ok=True, box=BOX, turn1=SimpleNamespace(frame_idx=2))
+    batch = SimpleNamespace(jpegs=[jpegs(clip)], masks=[truth])
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        for mask_frames, frames in ((0, range(6)), (3, (0, 2, 5)), (1, (0,)), (9, range(6))):
+            config = RewardsConfig(preset="custom", mask=1.0, mask_frames=mask_frames)
+            pending = request_rewards(client, config, batch, 0, [[rollout]])
+            expected = client.score(batch.jpegs[0], [(2, BOX)], truth, list(frames), contour=False)
+            np.testing.assert_array_equal(pending.scores[0].result(60).j_per_frame, expected.j_per_frame)
+            assert expected.j_per_frame.shape == (1, len(frames))
 
 
 # --- logs and metrics

@@ -36,14 +36,16 @@ def request_rewards(
     """Sends the boxes of all successful rollouts to the sidecar and returns without waiting.
 
     The tracker's clip is the shown frames at original size, so that a keyframe needs no mapping and no other frame is
-    decoded; the mask reward is the mean over them.
+    decoded; the mask reward is the mean over them, or over `mask_frames` of them.
     """
     scores: list[Future[Scores] | None] = []
     for b, row in enumerate(chains, start=first):
         prompts = [(rollout.turn1.frame_idx, rollout.box) for rollout in row if rollout.ok]
         wanted = client is not None and weights_from(config).mask > 0 and prompts
         contour = config.mask_kind == "jf"
-        scores.append(client.score_async(batch.jpegs[b], prompts, batch.masks[b], contour=contour) if wanted else None)
+        clip, truth = batch.jpegs[b], batch.masks[b]
+        frames = _spread(len(clip), config.mask_frames)
+        scores.append(client.score_async(clip, prompts, truth, frames, contour) if wanted else None)
     return PendingRewards(first, chains, scores)
 
 
@@ -84,3 +86,8 @@ def overlong_penalties(config: RewardsConfig, chain: ChainConfig, rollout: Rollo
 
 def _means(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     return scores.j, np.nan_to_num(scores.f)
+
+
+def _spread(total: int, count: int) -> list[int] | None:
+    """`count` frames evenly spread over `total`, with both ends when there are two or more; None means all."""
+    return np.linspace(0, total - 1, count).round().astype(int).tolist() if 0 < count < total else None
