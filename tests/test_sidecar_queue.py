@@ -12,7 +12,10 @@ from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, some_prompts
 
 from revseg_jax.tracker import SidecarAway, TrackerClient, connection, tracker_pb2_grpc
 from revseg_jax.tracker import tracker_pb2 as pb
-from revseg_jax.tracker.clips import Limits
+from revseg_jax.tracker.clips import ClipStore, Limits
+from revseg_jax.tracker.engine import Engine
+from revseg_jax.tracker.service import Description, TrackerService
+from revseg_jax.tracker.sidecar import serve
 from revseg_jax.tracker.turns import TURNS_BEFORE_OTHERS, Turns
 from revseg_jax.tracker.upload import clip_upload
 
@@ -68,6 +71,38 @@ def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
             assert second.info().max_calls == 1  # other answers cost no turn
         assert first.result(60).j == alone.j
         assert asked[0].result(60).j.shape == (1,)
+
+
+def test_a_sidecar_that_comes_back_is_asked_again(model, monkeypatch):
+    monkeypatch.setattr(connection, "LEFT_OUT_SECONDS", 0.1)
+    services = [TrackerService(Engine(model), Description("random", "small", {}), Limits()) for _ in range(2)]
+    asked = [[], []]
+    for service, records in zip(services, asked, strict=True):
+        service.watchers.append(records.append)
+    first, _, port = serve(services[0])
+    second, _, other_port = serve(services[1])
+    try:
+        with TrackerClient([f"127.0.0.1:{port}", f"127.0.0.1:{other_port}"], patience_seconds=60) as client:
+            # Clips go to the sidecar that their content points to.
+            clips = [moving_shapes(1, seed=seed) for seed in range(8)]
+            owner = {}
+            for n, clip in enumerate(clips):
+                before = len(asked[0])
+                client.track(clip, [(0, BOX)])
+                owner[n] = 0 if len(asked[0]) > before else 1
+            assert set(owner.values()) == {0, 1}
+            mine = next(clips[n] for n, who in owner.items() if who == 0)
+            expected = client.track(mine, [(0, BOX)])
+            first.stop(grace=None).wait()
+            before = [len(records) for records in asked]
+            np.testing.assert_array_equal(client.track(mine, [(0, BOX)]), expected)
+            assert [len(records) for records in asked] == [before[0], before[1] + 2]  # put there, then tracked
+            services[0].store = ClipStore(Limits())  # as after a start
+            first, _, _ = serve(services[0], port=port)
+            until(lambda: (client.track(mine, [(0, BOX)]) == expected).all() and len(asked[0]) > before[0])
+    finally:
+        first.stop(grace=None).wait()
+        second.stop(grace=None).wait()
 
 
 def test_slow_callers_keep_nobody_waiting(serving):

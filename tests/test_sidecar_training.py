@@ -66,7 +66,9 @@ def run(clips, client, folder, steps=2):
 
 def metrics(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")} for row in rows]
+    assert all(0 < row["reward/wait_fraction"] < 1 for row in rows)
+    timed = ("time", "seconds/", "reward/wait_fraction")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 
 def test_a_sidecar_that_dies_changes_nothing(clips, sidecar, tmp_path):

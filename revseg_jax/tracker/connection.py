@@ -109,8 +109,9 @@ class Connections:
     def call(self, ask: Callable[[Endpoint], Answer], upload: Upload | None = None) -> Answer:
         """Asks the clip's endpoint, the others when it is away, and again until patience is over (SidecarAway)."""
         began, pause, evictions = time.monotonic(), FIRST_PAUSE_SECONDS, 0
+        failed: set[Endpoint] = set()  # since all were tried last
         while True:
-            endpoint = self._choose(upload.header.clip_id if upload else "")
+            endpoint = self._choose(upload.header.clip_id if upload else "", failed)
             try:
                 answer = ask(endpoint)
                 endpoint.answered, endpoint.left_out_until = True, 0.0
@@ -127,6 +128,7 @@ class Connections:
                 last = error
             if gone:
                 endpoint.forget()
+                failed = (failed | {endpoint}) if len(failed) + 1 < len(self.endpoints) else set()
                 endpoint.left_out_until = time.monotonic() + LEFT_OUT_SECONDS
                 wait, pause = pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:  # it is there, but full: the hint says when to come back, and not all clients together
@@ -143,12 +145,13 @@ class Connections:
         for endpoint in self.endpoints:
             endpoint.channel.close()
 
-    def _choose(self, clip_id: str) -> Endpoint:
+    def _choose(self, clip_id: str, failed: set[Endpoint]) -> Endpoint:
         """By the clip's content, so that all who ask about a clip ask the same sidecar; past those that are away."""
         first = int(clip_id[:8] or "0", 16) % len(self.endpoints)
         ordered = self.endpoints[first:] + self.endpoints[:first]
         now = time.monotonic()
-        return min(ordered, key=lambda endpoint: endpoint.left_out_until if endpoint.left_out_until > now else 0.0)
+        left_out = lambda endpoint: endpoint.left_out_until if endpoint.left_out_until > now else 0.0  # noqa: E731
+        return min(ordered, key=lambda endpoint: (endpoint in failed, left_out(endpoint)))
 
     def _nobody(self, seconds: float, endpoint: Endpoint, last: grpc.RpcError) -> str:
         addresses = ", ".join(endpoint.address for endpoint in self.endpoints)
