@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,9 @@ def attention(
     return run(query, key, value, segments, causal)
 
 
+# Scores and weights are computed again in the backward pass: keeping them takes memory, and more time than it saves.
+# Without prevent_cse, so that inside a layer that is recomputed as a whole they are not computed a third time.
+@partial(jax.checkpoint, static_argnums=4, prevent_cse=False)
 def plain_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
 ) -> tuple[jax.Array, jax.Array]:

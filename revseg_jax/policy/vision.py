@@ -8,8 +8,9 @@ slice when all have the same size (`__call__`), or several smaller ones side by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -77,19 +78,12 @@ class VisionBlock(nnx.Module):
         self.proj = Linear((heads, head_dim, width), (width,), rngs=rngs)
         self.mlp = GatedMLP(width, config.intermediate_size, use_bias=True, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, choice: AttentionChoice
-    ) -> jax.Array:
-        """x [rows, sets, slots, width]: attention inside the segments of each set.
-
-        cos, sin [rows or 1, sets, slots, head_dim]; segments int32 [rows or 1, sets, slots], 0 for padding.
-        """
-        query, key, value = jnp.moveaxis(self.qkv("bgsd,dzhk->bgszhk", self.norm1(x)), 3, 0)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        query, key, value = (part.reshape(-1, *part.shape[2:]) for part in (query, key, value))
-        segments = jnp.broadcast_to(segments, x.shape[:3]).reshape(-1, x.shape[2])
-        mixed = attention(query, key, value, segments, choice=choice)[0].reshape(*x.shape[:3], *query.shape[2:])
-        x = x + self.proj("bgshk,hkd->bgsd", mixed)
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Callable) -> jax.Array:
+        """x [rows, slots, width]; cos, sin [rows or 1, slots, head_dim]; `attend(query, key, value)` takes and returns
+        [rows, slots, heads, head_dim]."""
+        query, key, value = jnp.moveaxis(self.qkv("nsd,dzhk->nszhk", self.norm1(x)), 2, 0)
+        mixed = attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
+        x = x + self.proj("nshk,hkd->nsd", mixed)
         return x + self.mlp(self.norm2(x))
 
 
@@ -148,18 +142,21 @@ class VisionTower(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
         is_full = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
 
+        def within(sets: int, *parts: jax.Array) -> jax.Array:
+            """Attention inside the segments of each of the `sets` equal parts of a row."""
+            query, key, value = (part.reshape(len(x) * sets, -1, *part.shape[2:]) for part in parts)
+            folded = jnp.asarray(segments).reshape(len(segments), sets, -1)
+            folded = jnp.broadcast_to(folded, (len(x), *folded.shape[1:])).reshape(query.shape[:2])
+            return attention(query, key, value, folded, choice=self.attention)[0].reshape(parts[0].shape)
+
         def block(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             state, full = layer
-            module = nnx.merge(graphdef, state)
 
-            def attend(x: jax.Array, sets: int) -> jax.Array:
-                folded = x.reshape(len(x), sets, -1, x.shape[-1])
-                tables = (jnp.asarray(a).reshape(len(a), sets, -1, a.shape[-1]) for a in (cos, sin))
-                out = module(folded, *tables, jnp.asarray(segments).reshape(len(segments), sets, -1), self.attention)
-                return out.reshape(x.shape)
+            def attend(*parts: jax.Array) -> jax.Array:
+                if windows == 1:
+                    return within(1, *parts)
+                return jax.lax.cond(full, partial(within, 1), partial(within, windows), *parts)
 
-            if windows == 1:
-                return attend(x, 1), None
-            return jax.lax.cond(full, lambda x: attend(x, 1), lambda x: attend(x, windows), x), None
+            return nnx.merge(graphdef, state)(x, cos, sin, attend), None
 
         return jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, jnp.asarray(is_full)))[0]
