@@ -323,14 +323,16 @@ def test_failures_by_cause(answer1, answer2, cause):
 def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "synthetic"
     prepare_synthetic(folder, "easy", 0, 2, seed=4, progress=False)
+    prepare("mevis", trees.mevis(tmp_path_factory.mktemp("mevis")), folder.parent / "mevis", ["valid"], progress=False)
     return folder
 
 
 def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     """Stopped in the middle and started again, with the embedded policy and tracker: nothing is done twice, nothing
-    is missing, and the table is that of the masks on disk."""
+    is missing, and the table is that of the masks on disk. A benchmark without public truth gets its zip."""
     out = tmp_path / "out"
-    arguments = ["evaluate", "--data", str(clips), "--out", str(out), "--workers", "1", "tracker.threads=1"]
+    arguments = ["evaluate", "--data", str(clips.parent), "--benchmarks", "synthetic,mevis", "--out", str(out)]
+    arguments += ["--workers", "1", "tracker.threads=1"]
     total = len(ClipSource([clips], "test"))
     written, write = [], prediction.write_prediction
 
@@ -354,7 +356,9 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     )
     main(arguments)
     printed = capsys.readouterr().out
-    assert len(written) == total - done
+    assert len(written) == total - done + 2
+    with zipfile.ZipFile(out / "mevis/submission.zip") as archive:
+        assert archive.namelist()[-1] == "d56a6ec78cfa/1/00003.png" and len(archive.namelist()) == 8
     records = [json.loads(line) for line in (out / "synthetic/chains.jsonl").read_text().splitlines()]
     assert len({(r["video"], r["expression"]) for r in records}) == len(records) == total
     results = json.loads((out / "results.json").read_text())
@@ -373,6 +377,7 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
         masks = np.stack([np.asarray(Image.open(folder / f"{name}.png")) > 0 for name in clip.frame_names])
         scores.append(jf(masks, np.stack([decode_mask(m, clip.height, clip.width) for m in clip.masks])))
     row = results["rows"][0]
+    assert results["rows"][-1]["title"] == "MeViS valid" and results["rows"][-1]["jf"] is None
     assert (row["j"], row["f"]) == pytest.approx(tuple(np.mean(scores, axis=0)))
     assert f"{row['jf']:.1f}" in printed and "| synthetic, held out |" in (out / "results.md").read_text()
     with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@ JPEGImages/<source>/.../<video>   mask_dict.json   mask_dict_foreground.json   m
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from revseg_jax.data.datasets.listing import Listing, read_json
@@ -20,13 +21,19 @@ def meta_file(source: Path, split: str) -> Path:
     return source / f"meta_expressions_{split}_.json"
 
 
+@lru_cache(maxsize=1)
+def _masks(path: Path, modified: int) -> dict[str, list]:
+    """Both splits share this large file: it is read once, unless it has been modified."""
+    return read_json(path)
+
+
 def read(source: Path, split: str) -> Listing:
     masks = source / "mask_dict.json"
     foreground = read_json(source / "mask_dict_foreground.json") if split == "valid" else {}
     videos = videos_with_mask_dict(
         meta_file(source, split),
         source / "JPEGImages",
-        read_json(masks),
+        _masks(masks, masks.stat().st_mtime_ns if masks.exists() else 0),
         masks,
         kind_of=lambda expression: KINDS.get(_type(expression), "unknown"),
         absent=lambda expression: _type(expression) == 2,
