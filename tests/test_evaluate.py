@@ -207,9 +207,9 @@ def test_reason_seg(tmp_path, data):
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, data):
-    write_all(data, "mevis_valid_u", tmp_path, shifted)
-    benchmark = BENCHMARKS["mevis_valid_u"]
-    both = [score_benchmark(benchmark, data / "mevis", tmp_path, workers, progress=False) for workers in (1, 2)]
+    write_all(data, "reason_seg_val", tmp_path, shifted)  # of two videos
+    benchmark = BENCHMARKS["reason_seg_val"]
+    both = [score_benchmark(benchmark, data / "reason_seg", tmp_path, workers, progress=False) for workers in (1, 2)]
     assert both[0] == both[1]
 
 

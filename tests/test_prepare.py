@@ -341,10 +341,8 @@ def test_killed_and_started_again(tmp_path, capsys):
     slow += "p.build_record = lambda *a: (time.sleep(0.05), b(*a))[1]\n"
     slow += f"p.prepare('mevis', {str(root)!r}, {str(out)!r}, workers=1, progress=False)"
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(finished := sorted(tmp_path.glob(".out.*.partial/part-*.json"))) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for(lambda: len(list(tmp_path.glob(".out.*.partial/part-*.json"))) >= 2 or process.poll() is not None)
+    finished = sorted(tmp_path.glob(".out.*.partial/part-*.json"))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists() and len(finished) >= 2
@@ -361,6 +359,42 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert read_prepared(out) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
     assert whole["fingerprint"] in capsys.readouterr().out
+
+
+def children(process: int) -> set[int]:
+    try:
+        return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+    except FileNotFoundError:
+        return set()
+
+
+def running(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_workers_die_with_the_command(tmp_path):
+    """They would go on writing beside the next start, and wait for work for ever."""
+    root, out = many_videos(tmp_path / "in", 200), tmp_path / "out"
+    code = "from revseg_jax.data.prepare import prepare\nif __name__ == '__main__':\n"
+    code += f"    prepare('mevis', {str(root)!r}, {str(out)!r}, workers=2, progress=False)"
+    (tmp_path / "command.py").write_text(code)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "command.py")], stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(tmp_path.glob(".out.*.partial/part-*.json")) or process.poll() is not None)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2 and not out.exists()
+    wait_for(lambda: not any(map(running, workers)), 20)
 
 
 def test_many_processes_write_the_same(tmp_path):

@@ -11,12 +11,11 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from revseg_jax.data.datasets.listing import Problem
 from revseg_jax.data.prepared import FORMAT, MARKER, read_prepared
+from revseg_jax.data.processes import process_pool
 from revseg_jax.data.records import features, hash_record
 from revseg_jax.errors import InputError, RunFailure
 
@@ -130,9 +130,7 @@ def _write_parts(work: Path, parts: list[Part], strict: bool, workers: int, prog
             for number in missing:
                 reports[number] = _write_part(work, number, parts[number], strict, bar.update)
             return reports
-        # Processes are spawned: array_record's threads do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), context) as pool:
+        with process_pool(min(workers, len(missing))) as pool:
             tasks = {pool.submit(_write_part, work, number, parts[number], strict): number for number in missing}
             try:
                 for task in as_completed(tasks):

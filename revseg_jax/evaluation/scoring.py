@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from tqdm import tqdm
 
 from revseg_jax.data.clip import decode_mask
 from revseg_jax.data.prepared import read_prepared
+from revseg_jax.data.processes import process_pool
 from revseg_jax.data.records import FOREGROUND, VOID, VideoTruth
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
@@ -77,7 +76,7 @@ def score_benchmark(
             for number in range(source.videos):
                 take(one(number))
         else:
-            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            with process_pool(workers) as pool:
                 for scores in pool.map(one, range(source.videos)):
                     take(scores)
     return found
