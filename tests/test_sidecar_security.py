@@ -74,9 +74,11 @@ def test_calls_without_the_token_are_refused(serving):
             next(stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])))
         assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
         for metadata in ([("authorization", TOKEN)], [("authorization", f"Bearer {TOKEN}")] * 2):
-            with pytest.raises(grpc.RpcError) as error:
-                bare.unary_unary("/revseg.tracker.v1.Tracker/Info")(b"", metadata=metadata)
-            assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            for method in ("Info", "SomethingElse"):
+                with pytest.raises(grpc.RpcError) as error:
+                    bare.unary_unary(f"/revseg.tracker.v1.Tracker/{method}")(b"", metadata=metadata)
+                assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert {record.method for record in records[-4:]} == {"Info", "unknown"}
 
 
 def test_the_server_lists_its_services(serving):

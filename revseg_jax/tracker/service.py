@@ -74,7 +74,8 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
     @property
     def calls(self) -> int:
         """How many are under way."""
-        return self._callers.total()
+        with self._changed:
+            return self._callers.total()
 
     def PutClip(self, requests, context):
         with self._call(context, "PutClip") as record:
@@ -159,7 +160,9 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
 
     def refused(self, method: str) -> None:
         """A call that came without the token."""
-        self._tell(CallRecord(method.rpartition("/")[2], grpc.StatusCode.UNAUTHENTICATED.name, 0.0))
+        name = method.rpartition("/")[2]
+        known = name in pb.DESCRIPTOR.services_by_name["Tracker"].methods_by_name  # or strangers could name our metrics
+        self._tell(CallRecord(name if known else "unknown", grpc.StatusCode.UNAUTHENTICATED.name, 0.0))
 
     @contextmanager
     def _call(self, context, method: str, request=None) -> Iterator[dict[str, str]]:
