@@ -140,7 +140,7 @@ class LearnerConfig:
     kl: str = "loss"  # where KL to the frozen reference goes: loss | reward | off
     kl_estimator: str = "k3"  # k1 | k2 | k3
     kl_coefficient: float = 1e-3
-    reference: str = "device"  # device: the start itself | bfloat16: a copy of it | host: that copy, in host memory
+    reference: str = "device"  # device: the start policy itself | bfloat16: a copy | host: a copy in host memory
     entropy_coefficient: float = 0.0  # of the entropy bonus
     prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a step at once
     logprob_chunk: int = 512  # token positions whose vocabulary logits exist at a time

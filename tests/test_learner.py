@@ -317,9 +317,10 @@ def update(learner, state, loaded, batch, times=1, rows=slice(None)):
     return state, history
 
 
-def assert_same_parameters(a, b, atol):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, atol=atol)
+def assert_same_parameters(a, b, atol, outliers=0.0):
+    """outliers: the share that may differ by more. Adam makes whole steps, of any sign, of gradients that are noise."""
+    differences = [np.abs(np.asarray(x) - y).ravel() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
+    assert np.mean(np.concatenate(differences) > atol) <= outliers
 
 
 def test_update_follows_the_advantages(step):
@@ -345,12 +346,14 @@ def test_microbatches_give_the_same_update(step):
 
 def test_epochs_and_minibatches_are_optimiser_steps_one_after_the_other(step):
     config, loaded, batch = step
+    config = replace(config, importance_cap=0.0)  # else each call below would take its own policy for the old one
     _, state, _ = updated(replace(config, epochs=2, minibatches=2), step)
     learner = make_learner(loaded.engine.graphdef, config, loaded.engine.encoder.layout)
     manual = learner.init(jax.tree.map(jnp.copy, loaded.trained))
     for row in (0, 1, 0, 1):
         manual, _ = update(learner, manual, loaded, batch, rows=slice(row, row + 1))
-    assert_same_parameters(state.trained, manual.trained, 1e-5)
+    # From a wrong old policy nine in ten differ.
+    assert_same_parameters(state.trained, manual.trained, 1e-5, outliers=1e-4)
     assert int(state.step) == 1
 
 
