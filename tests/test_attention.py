@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from revseg_jax.errors import InputError
 from revseg_jax.policy import attention as module
 from revseg_jax.policy.attention import AttentionChoice, attention, plain_attention
 from revseg_jax.policy.attention_kernels import splash_attention
@@ -97,6 +98,8 @@ def test_the_choice_by_platform(monkeypatch):
     assert chosen("tpu", devices=4) == "xla"  # a kernel of one device: on several it needs the mesh
     assert {chosen("gpu", length=64), chosen("tpu", length=64)} == {"xla"}  # windows
     assert AttentionChoice("splash").resolve(jnp.float32, 8, 8) == "splash"
+    with pytest.raises(InputError, match="attention=flash is not one of auto, xla, cudnn, splash"):
+        AttentionChoice("flash")
     used = []
     monkeypatch.setattr(module, "cudnn_attention", lambda *arrays: used.append(arrays))
     attention(*draw(SHAPES[0]), choice=AttentionChoice("cudnn"))

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from revseg_jax.errors import InputError
 from revseg_jax.parallel.mesh import BATCH_AXES
 from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attention
 
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SHORT = 256  # slots; below it no kernel is chosen
 MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
 
@@ -27,6 +29,10 @@ class AttentionChoice:
 
     implementation: str = "auto"
     mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.implementation not in ("auto", *IMPLEMENTATIONS):
+            raise InputError(f"attention={self.implementation} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
 
     def resolve(self, dtype: jnp.dtype, length: int, width: int) -> str:
         """ "xla" unless a kernel is known to take it. Windows of a few slots are batched matmuls, best left to XLA."""
