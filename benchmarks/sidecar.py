@@ -43,13 +43,13 @@ def clip(seed: int) -> tuple[list[bytes], Scene]:
 
 
 def prompts(scene: Scene, seed: int) -> list[tuple[int, tuple[float, ...]]]:
-    """(keyframe, box) of objects, each edge moved by a few pixels as a policy's boxes are."""
+    """(keyframe, box) of objects, each edge moved outwards by a few pixels."""
     rng, found = np.random.default_rng(seed), []
     visible = np.argwhere(scene.masks.sum((2, 3)) > 16)
     for frame, index in visible[rng.integers(len(visible), size=PROMPTS)]:
         rows, columns = np.nonzero(scene.masks[frame, index])
         box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        found.append((int(frame), tuple(map(float, np.float32(box + rng.uniform(-2, 2, 4) * [1, 1, 1, 1])))))
+        found.append((int(frame), tuple(map(float, np.float32(box + rng.uniform(0, 3, 4) * [-1, -1, 1, 1])))))
     return found
 
 
