@@ -20,7 +20,7 @@ from revseg_jax.pretraining.examples import ExampleMaker
 from revseg_jax.pretraining.policy_training import STAGES
 from revseg_jax.pretraining.primitives import (
     BOX_GRID,
-    LOOSEST,
+    EXACT,
     box_conversation,
     chain_conversation,
     grid_box,
@@ -80,13 +80,12 @@ def test_answers_about_the_video_are_true(chain, seed):
                 for t in range(8)
             ]
             areas = np.array([(b[2] - b[0]) * (b[3] - b[1]) for b in boxes])
-            if turn.user.startswith("How large"):
-                told = np.array([int(side) for side in turn.answer.split(", ")])
-                assert np.abs(told - np.sqrt(areas)).max() <= BOX_GRID / 2
-            else:
-                answer = parse_turn1(f"<think>x</think>{turn.answer}", 8)
-                assert areas[answer.frame_idx] == areas.max() and answer.description == name
-    assert {"objects", "large", "which"} <= kinds
+            thought = turn.answer.split("</think>")[0]
+            told = np.array([int(side) for side in thought.split(": ")[1].split(", ")])
+            assert np.abs(told - np.sqrt(areas)).max() <= BOX_GRID / 2
+            answer = parse_turn1(turn.answer, 8)
+            assert areas[answer.frame_idx] == areas.max() and answer.description == name
+    assert kinds == {"objects", "which", "is"}
 
 
 def test_a_chains_keyframe_is_any_visible_frame_and_its_box_holds_the_object(chain):
@@ -113,15 +112,21 @@ def test_a_chains_keyframe_is_any_visible_frame_and_its_box_holds_the_object(cha
     st.integers(0, 2**32 - 1),
     st.tuples(*[st.floats(0, 100)] * 2, *[st.floats(1, 28)] * 2),
 )
-def test_loose_boxes_grow_outwards_within_their_limit_and_the_image(seed, place):
+def test_boxes_are_exact_or_the_smallest_half_or_quarter_that_holds_them(seed, place):
     x, y, width, height = place
     box = np.array([x, y, x + width, y + height])
     loose = loosen(np.random.default_rng(seed), box, 128)
-    assert (loose[:2] <= box[:2]).all() and (loose[2:] >= box[2:]).all()
-    assert loose.min() >= 0 and loose.max() <= 128
-    assert (np.abs(loose - box) <= LOOSEST * np.array([width, height] * 2) + 1e-9).all()
+    if not (loose == box).all():
+        assert set(loose) <= {0, 64, 128}
+        assert (loose[:2] <= box[:2]).all() and (loose[2:] >= box[2:]).all()
+        assert (box[:2] - loose[:2] < 64).all() and (loose[2:] - box[2:] < 64).all()
     grid = np.array(grid_box(loose, 128, 168))
     assert (grid % BOX_GRID == 0).all() and (grid[2:] > grid[:2]).all()
+
+
+def test_the_promised_share_of_boxes_is_exact():
+    rng, box = np.random.default_rng(0), np.array([40.0, 50.0, 60.0, 80.0])
+    assert np.mean([(loosen(rng, box, 128) == box).all() for _ in range(4000)]) == pytest.approx(EXACT, abs=0.03)
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -47,7 +47,7 @@ class Stage:
 # first: an image and its questions cost a tenth of a clip with its conversations.
 STAGES = (
     Stage("boxes", 1400, 8, (0, 4, 0), 140, 6e-3),
-    Stage("conversations", 1100, 8, (1, 1, 2), 208, 5e-3),
+    Stage("conversations", 3000, 8, (1, 1, 2), 224, 5e-3),
 )
 
 
