@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from revseg_jax.checkpoints import Checkpoints
-from revseg_jax.config import Config, to_yaml
+from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
 
 PACKAGES = (
@@ -37,12 +37,21 @@ PACKAGES = (
     "sam2",
 )
 
+# What a continued run may have otherwise: how long and how often, where it is, and how it reaches its sidecars.
+MAY_CHANGE = frozenset(
+    """
+    run.dir run.steps run.checkpoint_every run.keep_checkpoints run.traces_every
+    tracker.endpoints tracker.deadline_seconds tracker.patience tracker.token_file
+    tracker.tls_ca tracker.tls_certificate tracker.tls_key
+    """.split()
+)
+
 
 class RunFolder:
     """Opens `config.run.dir` for a training run, new or resumed.
 
-    A resumed run must have the same config but for `run.steps` and the checkpoint settings. Raises InputError when it
-    has another one or when another process trains in the folder, RunFailure when the folder cannot be written.
+    A resumed run must have the same config but for what `MAY_CHANGE` names. Raises InputError when it has another one,
+    or when another process trains in the folder; RunFailure when the folder cannot be written.
     """
 
     def __init__(self, config: Config, fingerprints: list[str]):
@@ -78,14 +87,9 @@ class RunFolder:
         return RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}")
 
     def _check_same(self, config: Config) -> None:
-        old = (self.path / "config.yaml").read_text()
-        free = {"steps", "checkpoint_every", "keep_checkpoints", "traces_every", "dir"}
-        comparable = [
-            [line for line in text.splitlines() if line.strip().split(":")[0] not in free]
-            for text in (old, to_yaml(config))
-        ]
-        changed = [f"{a.strip()} -> {b.strip()}" for a, b in zip(*comparable, strict=False) if a != b]
-        if changed or len(comparable[0]) != len(comparable[1]):
+        old, new = (_settings(c) for c in (load_config(self.path / "config.yaml"), config))
+        changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+        if changed:
             raise InputError(
                 f"{self.path} holds a run with another config ({'; '.join(changed[:3])}): choose another run.dir"
             )
@@ -135,6 +139,19 @@ class RunFolder:
             if self._tensorboard is not None:
                 self._tensorboard.close()
             self._lock.close()
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Every field that may not change between a run and its continuation, by its dotted name."""
+
+    def flatten(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", str(value)
+
+    return {key: value for key, value in flatten(dataclasses.asdict(config), "") if key not in MAY_CHANGE}
 
 
 def _step_of(line: str) -> float:

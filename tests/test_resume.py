@@ -67,6 +67,15 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(straig
     assert digests(folder) == digests(straight[0])
 
 
+def test_sidecars_may_move_between_a_run_and_its_continuation(straight, clips, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    state = run(clips, folder, 4, "run.checkpoint_every=2", "tracker.endpoints=[a:1,b:2]", "tracker.patience=5")
+    assert_same_parameters(straight[1], state)
+    with pytest.raises(InputError, match="rollout.group_size: 2 -> 3"):
+        run(clips, folder, 4, "rollout.group_size=3")
+
+
 def test_without_any_sound_checkpoint_the_run_stops_in_one_line(straight, clips, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)

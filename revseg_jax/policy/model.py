@@ -39,7 +39,8 @@ class Policy(nnx.Module):
         prompts, count, height, width, _ = frames.shape
         if count == 1:
             frames = jnp.repeat(frames, self.config.vision.temporal_patch_size, axis=1)
-        patches = patchify(frames, self.config.vision).astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        patches = patchify(frames, self.config.vision, wide).astype(self.dtype)
         slices = patches.reshape(-1, *patches.shape[2:])
         patch = self.config.vision.patch_size
         features = self.vision(slices, height // patch, width // patch, remat=self.remat)
