@@ -44,7 +44,7 @@ class Stage:
 
 
 # Finding a named thing and telling where it is takes about 100,000 boxes before it works at all. So boxes alone come
-# first: an image and its questions cost a tenth of a clip with its conversations.
+# first: an image and its questions cost about a seventh of a clip with its conversations.
 STAGES = (
     Stage("boxes", 1400, 8, (0, 4, 0), 140, 6e-3),
     Stage("conversations", 3000, 8, (1, 1, 2), 224, 5e-3),
@@ -149,7 +149,7 @@ def train_stage(learner: Learner, maker: ExampleMaker, stage: Stage) -> Learner:
 def train_policy(out: Path, chain: ChainConfig, seed: int, stages: Sequence[Stage] = STAGES) -> None:
     """Makes the tokenizer and the policy and writes them to the new folder `out` in Hugging Face layout.
 
-    Weights are stored as float16, which changes no score and halves the files.
+    Weights are stored as float16, which halves the files.
     """
     scenes = [render(index, DIFFICULTY, "train") for index in range(CORPUS_SCENES)]
     with tempfile.TemporaryDirectory() as folder:
