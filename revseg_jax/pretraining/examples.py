@@ -17,10 +17,12 @@ from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.synthetic import COLOURS, SHAPES, render
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.rope import merge_order, sequence_positions
+from revseg_jax.pretraining.history import template_answers, track_facts
 from revseg_jax.pretraining.primitives import Conversation, View, conversations, view
 
 NEXT = "\n<|im_start|>user\n"
 ASSISTANT = f"{IM_END}\n<|im_start|>assistant\n"
+POINTERS = 10  # names that a suffix decides on, at most
 PATCH_CLASSES = len(COLOURS) + 1 + len(SHAPES) + 1  # each with a class "background" in the last place
 
 
@@ -29,8 +31,8 @@ class ExampleMaker:
     """Turns a clip number into arrays. Picklable, so that Grain's workers can hold it.
 
     Attributes:
-      suffixes: how many (chain, box, video) conversations a clip gets; the first two kinds show an image. Without
-        chains and videos the clip's video is not shown at all.
+      suffixes: how many (chain, box, video, meaning) conversations a clip gets; the first two kinds show an image. When
+        there are boxes alone the clip's video is not shown at all.
       slots: tokens a suffix has room for; turns that do not fit are left out
     """
 
@@ -38,14 +40,16 @@ class ExampleMaker:
     model: ModelConfig
     chain: ChainConfig
     difficulty: str
-    suffixes: tuple[int, int, int]
+    suffixes: tuple[int, int, int, int]
     slots: int
     seed: int
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         """Keys: images uint8 [I, 1, K, K, 3]; of the G suffixes tokens int32 [G, slots], positions int32 [3, G, slots],
-        mask bool and trained bool (the token is part of an answer); and `image_*` labels for the auxiliary losses (see
-        `patch_labels`). Where the video is shown also frames uint8 [N, S, S, 3] and their `video_*` labels."""
+        mask bool and trained float32 (how much the token counts, 0 outside answers), pointers int32 [G, POINTERS, 2]
+        (the slot from which an object's name is predicted, and the object; -1 where there are fewer); and `image_*`
+        labels for the auxiliary losses (see `patch_labels`). Where the video is shown also frames uint8 [N, S, S, 3]
+        and their `video_*` labels."""
         rng = np.random.default_rng([self.seed, index])
         seen = self.draw_view(rng)
         scene, sampled = seen.scene, seen.sampled
@@ -57,10 +61,11 @@ class ExampleMaker:
         labels = patch_labels(seen, np.array(images), self.chain.keyframe_size // patch, merge, "image")
         example = {
             "images": keyframes[:, None],
-            "tokens": np.stack([tokens for tokens, _, _, _ in packed]),
-            "positions": np.stack([positions for _, positions, _, _ in packed], axis=1),
-            "mask": np.stack([mask for _, _, mask, _ in packed]),
-            "trained": np.stack([trained for _, _, _, trained in packed]),
+            "tokens": np.stack([part["tokens"] for part in packed]),
+            "positions": np.stack([part["positions"] for part in packed], axis=1),
+            "mask": np.stack([part["mask"] for part in packed]),
+            "trained": np.stack([part["trained"] for part in packed]),
+            "pointers": np.stack([part["pointers"] for part in packed]),
             **labels,
         }
         if self.shows_video:
@@ -78,8 +83,8 @@ class ExampleMaker:
 
     @property
     def shows_video(self) -> bool:
-        chains, _, videos = self.suffixes
-        return chains + videos > 0
+        chains, _, videos, meanings = self.suffixes
+        return chains + videos + meanings > 0
 
     @cached_property
     def prefix_tokens(self) -> np.ndarray:
@@ -110,9 +115,10 @@ class ExampleMaker:
         ids = np.asarray(tokens, np.int32)
         return np.repeat(ids, np.where(ids == token, count, 1))
 
-    def pack(self, talk: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens int32 [slots], positions int32 [3, slots], mask bool [slots], trained bool [slots]."""
-        tokens, trained = [], []
+    def pack(self, talk: Conversation) -> dict[str, np.ndarray]:
+        """tokens int32 [slots], positions int32 [3, slots], mask bool [slots], trained float32 [slots], pointers int32
+        [POINTERS, 2], as in an example."""
+        tokens, trained, pointers = [], [], []
         for number, turn in enumerate(talk.turns):
             asked = self._encode((NEXT if number else "") + turn.user + ASSISTANT)
             answered = self._encode(turn.answer + IM_END)
@@ -120,20 +126,25 @@ class ExampleMaker:
                 if number == 0 or talk.image_frame is not None and "<|image_pad|>" in turn.user:
                     raise ValueError(f"a turn of {len(asked) + len(answered)} tokens does not fit: {turn.user!r}")
                 continue
-            tokens += [*asked, *answered]
-            trained += [False] * len(asked) + [True] * len(answered)
+            tokens += asked
+            if turn.target is not None:
+                pointers.append((len(tokens) + len(self._encode(turn.before_name)) - 1, turn.target))
+            tokens += answered
+            trained += [0.0] * len(asked) + [talk.weight] * len(answered)
         prefix = self.prefix_tokens
         grids = [self.video_grid()] * self.shows_video + [self.image_grid()] * (talk.image_frame is not None)
         seconds = [self.seconds_per_grid()] * self.shows_video
         whole = np.concatenate([prefix, np.array(tokens, np.int32)])
         positions = sequence_positions(whole, self.model, grids, seconds)[:, len(prefix) :]
         padding = self.slots - len(tokens)
-        return (
-            np.pad(np.array(tokens, np.int32), (0, padding)),
-            np.pad(positions, ((0, 0), (0, padding))),
-            np.arange(self.slots) < len(tokens),
-            np.pad(np.array(trained), (0, padding)),
-        )
+        pointers = pointers[:POINTERS] + [(-1, -1)] * (POINTERS - len(pointers))
+        return {
+            "tokens": np.pad(np.array(tokens, np.int32), (0, padding)),
+            "positions": np.pad(positions, ((0, 0), (0, padding))),
+            "mask": np.arange(self.slots) < len(tokens),
+            "trained": np.pad(np.array(trained, np.float32), (0, padding)),
+            "pointers": np.array(pointers, np.int32),
+        }
 
     @cached_property
     def _encode(self) -> Callable[[str], list[int]]:
@@ -148,12 +159,14 @@ class ExampleMaker:
 
 
 def patch_labels(seen: View, frames: np.ndarray, side: int, merge: int, kind: str) -> dict[str, np.ndarray]:
-    """What stands at the centre of each patch, for the auxiliary losses that teach to see and to locate.
+    """What stands at the centre of each patch, for the auxiliary losses that teach to see, to locate and to follow.
 
     frames: int [F] among the sampled ones; side: patches a row. Results in merge order: `{kind}_colour` and
     `{kind}_shape` int32 [F, side * side] (the number of classes means background); the object's box float32
     [F, side * side, 4] as shares of the image, `{kind}_place` measured from the image's corner and `{kind}_edges` from
-    the patch's centre.
+    the patch's centre. For the kind "video" also which object it is (-1: none), what it has done so far and which
+    questions it answers: `video_object` int32 [F, side * side], `video_facts` float32 [F, side * side, FACTS] and
+    `video_answers` int32 [F, side * side, templates] (see history.py).
     """
     size = seen.size
     rows, columns = merge_order(side, side, merge)
@@ -170,6 +183,11 @@ def patch_labels(seen: View, frames: np.ndarray, side: int, merge: int, kind: st
         "place": np.where(found[..., None], boxes, 0).astype(np.float32),
         "edges": np.where(found[..., None], boxes - centre, 0).astype(np.float32),
     }
+    if kind == "video":
+        facts = np.take_along_axis(track_facts(seen)[frames], which[..., None], axis=1)
+        labels["object"] = np.where(found, which, -1).astype(np.int32)
+        labels["facts"] = np.where(found[..., None], facts, 0).astype(np.float32)
+        labels["answers"] = np.where(found[..., None], template_answers(seen)[which], -1).astype(np.int32)
     return {f"{kind}_{name}": label for name, label in labels.items()}
 
 

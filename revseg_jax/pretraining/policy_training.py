@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.serialization import msgpack_restore, msgpack_serialize
 from tqdm import tqdm
 
 from revseg_jax.config import ChainConfig
@@ -30,7 +32,7 @@ CORPUS_SCENES = 300  # that the tokenizer's vocabulary is learned from
 @dataclass(frozen=True)
 class Stage:
     """Attributes:
-    suffixes: (whole chains, boxes on a frame, questions on the video) for every clip of a step
+    suffixes: (whole chains, boxes on a frame, questions on the video, queries' meanings) for every clip of a step
     slots: tokens a suffix has room for
     peak: the largest learning rate of the matrices
     """
@@ -38,16 +40,18 @@ class Stage:
     name: str
     steps: int
     clips: int
-    suffixes: tuple[int, int, int]
+    suffixes: tuple[int, int, int, int]
     slots: int
     peak: float
 
 
 # Finding a named thing and telling where it is takes about 100,000 boxes before it works at all. So boxes alone come
-# first: an image and its questions cost about a seventh of a clip with its conversations.
+# first: an image and its questions cost about a seventh of a clip with its conversations. What queries about motion
+# mean takes some thousand clips more to break out, again with short conversations.
 STAGES = (
-    Stage("boxes", 1400, 8, (0, 4, 0), 140, 6e-3),
-    Stage("conversations", 3000, 8, (1, 1, 2), 224, 5e-3),
+    Stage("boxes", 1400, 8, (0, 4, 0, 0), 140, 6e-3),
+    Stage("meanings", 2200, 8, (0, 1, 1, 1), 160, 4e-3),
+    Stage("conversations", 1800, 8, (1, 1, 1, 1), 224, 4e-3),
 )
 
 
@@ -100,7 +104,7 @@ def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
     def matrices(params):
         def axes(path, leaf):
             name = jax.tree_util.keystr(path)
-            if "kernel" not in name or "dense" in name or "located" in name:
+            if "kernel" not in name or any(head in name for head in ("dense", "located", "history")):
                 return None
             first = 1 if "blocks" in name or "layers" in name else 0  # stacked kernels have a leading layer axis
             last = leaf.ndim - 1
@@ -149,9 +153,12 @@ def train_stage(learner: Learner, maker: ExampleMaker, stage: Stage) -> Learner:
 def train_policy(out: Path, chain: ChainConfig, seed: int, stages: Sequence[Stage] = STAGES) -> None:
     """Makes the tokenizer and the policy and writes them to the new folder `out` in Hugging Face layout.
 
-    Weights are stored as float16, which halves the files.
+    Weights are stored as float16, which halves the files. Beside it `OUT.stages` keeps the learner after every stage
+    until the policy is written: killed and started again, the command goes on from there.
     """
     scenes = [render(index, DIFFICULTY, "train") for index in range(CORPUS_SCENES)]
+    finished = out.with_name(f"{out.name}.stages")
+    finished.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         build_tokenizer(corpus(scenes, chain, seed), Path(folder))
         tokenizer = load_tokenizer(Path(folder))
@@ -159,7 +166,26 @@ def train_policy(out: Path, chain: ChainConfig, seed: int, stages: Sequence[Stag
         write_preprocessor(model.vision, Path(folder))
         learner = Learner(model, rngs=nnx.Rngs(seed))
         for number, stage in enumerate(stages):
+            saved = finished / f"{seed}_{number}_{stage.name}_{stage.steps}.msgpack"
+            if saved.exists():
+                restore_learner(learner, saved)
+                continue
             draws = seed * len(stages) + number  # every stage sees clips of its own
             maker = ExampleMaker(tokenizer, model, chain, DIFFICULTY, stage.suffixes, stage.slots, draws)
             learner = train_stage(learner, maker, stage)
+            keep_learner(learner, saved)
         save_policy(learner.policy, out, source_folder=Path(folder), chain=chain, dtype="float16")
+    shutil.rmtree(finished)
+
+
+def keep_learner(learner: Learner, path: Path) -> None:
+    """Writes the learner's parameters; `path` appears when it is complete."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(msgpack_serialize(nnx.to_pure_dict(nnx.state(learner, nnx.Param))))
+    unfinished.rename(path)
+
+
+def restore_learner(learner: Learner, path: Path) -> None:
+    state = nnx.state(learner, nnx.Param)
+    nnx.replace_by_pure_dict(state, msgpack_restore(path.read_bytes()))
+    nnx.update(learner, state)
