@@ -140,6 +140,8 @@ def parser() -> Parser:
     assets.add_argument("which", choices=("policy", "tracker"))
     assets.add_argument("--out", required=True)
     assets.add_argument("--seed", type=int, default=0)
+    assets.add_argument("--start", help="policy: a policy folder to go on from, with --stages")
+    assets.add_argument("--stages", default="", help="policy: names of the stages to run, all by default: A,B,...")
     assets.add_argument("--minutes", type=float, default=40.0, help="tracker: 60 steps each, however long they take")
     assets.add_argument("--config", default="configs/demo.yaml", help="policy: where its prompts and sizes come from")
     return root
@@ -269,8 +271,11 @@ def run_make_assets(options: argparse.Namespace) -> None:
     if options.which == "policy":
         from revseg_jax.config import load_config
         from revseg_jax.pretraining.asset import make_policy
+        from revseg_jax.pretraining.policy_training import named_stages
 
-        make_policy(out, load_config(options.config), options.seed)
+        stages = named_stages(options.stages)
+        start = Path(options.start) if options.start else None
+        make_policy(out, load_config(options.config), options.seed, stages, start)
     else:
         from revseg_jax.tracker.embedded_training import train_tracker
 

@@ -16,12 +16,13 @@ from revseg_jax.chain.prompts import conversation_text
 from revseg_jax.config import load_config
 from revseg_jax.data.synthetic import render
 from revseg_jax.data.synthetic.queries import TEMPLATES
+from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.pretraining.asset import make_policy
 from revseg_jax.pretraining.examples import ExampleMaker
 from revseg_jax.pretraining.history import template_answers, track_facts
 from revseg_jax.pretraining.pointing import HEAD, pointing_loss, shown_objects
-from revseg_jax.pretraining.policy_training import STAGES
+from revseg_jax.pretraining.policy_training import STAGES, named_stages
 from revseg_jax.pretraining.primitives import (
     BOX_GRID,
     EXACT,
@@ -222,11 +223,23 @@ def test_pointing_is_the_attention_paid_to_the_object_meant():
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_stages_by_name():
+    assert named_stages("") == STAGES
+    assert [stage.name for stage in named_stages("chains,boxes")] == ["boxes", "chains"]  # in the recipe's order
+    with pytest.raises(InputError, match="no stage is called dances"):
+        named_stages("boxes,dances")
+
+
 @pytest.mark.slow
 def test_make_assets_writes_a_policy_that_loads_and_says_how_it_was_made(tmp_path):
     stages = [replace(stage, steps=2, clips=2) for stage in STAGES]
     make_policy(tmp_path / "policy", load_config(CONFIG), 3, stages)
     note = json.loads((tmp_path / "policy" / "asset.json").read_text())
     assert note["sha256"] == hashlib.sha256((tmp_path / "policy" / "model.safetensors").read_bytes()).hexdigest()
-    assert note["seed"] == 3 and note["steps"] == {"boxes": 2, "meanings": 2, "conversations": 2}
+    assert note["seed"] == 3 and note["steps"] == {stage.name: 2 for stage in STAGES}
     assert load_policy(tmp_path / "policy").chain == load_config(CONFIG).chain
+
+    make_policy(tmp_path / "next", load_config(CONFIG), 4, stages[-1:], start=tmp_path / "policy")
+    onwards = json.loads((tmp_path / "next" / "asset.json").read_text())
+    assert onwards["start"] == {"sha256": note["sha256"]} and onwards["sha256"] != note["sha256"]
+    assert onwards["command"].endswith("--start START --stages chains")

@@ -14,27 +14,40 @@ from revseg_jax.config import Config, PolicyConfig
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.evaluation.held_out import evaluate_policy
+from revseg_jax.policy.checkpoint import load_policy
+from revseg_jax.pretraining.examples import ExampleMaker
+from revseg_jax.pretraining.naming import SLOTS, naming_accuracy
 from revseg_jax.pretraining.policy_training import DIFFICULTY, STAGES, Stage, train_policy
 from revseg_jax.rollout.loading import load_engine
 
-TEST_CLIPS, TEST_SEED = 96, 1000
+TEST_CLIPS, NAMED_CLIPS, TEST_SEED = 96, 200, 1000
 
 
-def make_policy(out: Path, config: Config, seed: int, stages: Sequence[Stage] = STAGES) -> None:
+def make_policy(
+    out: Path, config: Config, seed: int, stages: Sequence[Stage] = STAGES, start: Path | None = None
+) -> None:
     """Trains into the new folder `out` and writes asset.json: command, seed, hash of the weights and scores."""
-    train_policy(out, config.chain, seed, stages)
-    made = {
+    train_policy(out, config.chain, seed, stages, start)
+    made: dict[str, Any] = {
         "command": f"revseg make-assets policy --seed {seed} --out DIR",
         "seed": seed,
         "steps": {stage.name: stage.steps for stage in stages},
     }
+    if start:
+        made["command"] += f" --start START --stages {','.join(stage.name for stage in stages)}"
+        made["start"] = {"sha256": weights_hash(start)}
     write_note(out, config, made)
+
+
+def weights_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def write_note(out: Path, config: Config, made: dict[str, Any]) -> None:
     """asset.json in the policy folder `out`: how it was `made`, hash of the weights and scores.
 
-    The scores are those of whole chains on held-out clips, sampled as in training, without tracking.
+    The scores are those of whole chains on held-out clips, sampled as in training, without tracking; and how often
+    it knows which of a scene's objects a query means, by kind.
     """
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips"
@@ -43,9 +56,15 @@ def write_note(out: Path, config: Config, made: dict[str, Any]) -> None:
         evaluation, _ = evaluate_policy(
             loaded.engine, (loaded.trained, loaded.frozen), ClipSource([clips], "test"), config, None, "policy"
         )
+    loaded = load_policy(out)
+    maker = ExampleMaker(
+        loaded.tokenizer, loaded.policy.config, config.chain, DIFFICULTY, (0, 0, 0, 1), SLOTS, seed=TEST_SEED
+    )
+    named = naming_accuracy(loaded.policy, maker, NAMED_CLIPS)
     names = ("clips", "format", "temporal", "spatial", "turns", "best_constant_keyframe", "random_visible_keyframe")
     note = made | {
-        "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
-        "scores": {name: round(float(getattr(evaluation, name)), 4) for name in names},
+        "sha256": weights_hash(out),
+        "scores": {name: round(float(getattr(evaluation, name)), 4) for name in names}
+        | {"named": {kind: round(share, 4) for kind, share in named.items()}},
     }
     (out / "asset.json").write_text(json.dumps(note, indent=2) + "\n")
