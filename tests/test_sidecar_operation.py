@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, moving_shapes, some_prompts, start_sidecar
+from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, metrics, moving_shapes, some_prompts, start_sidecar
 
 from revseg_jax import cli
 from revseg_jax.config import RewardsConfig
@@ -76,11 +75,6 @@ def test_rewards_on_some_frames(serving):
 # --- logs and metrics
 
 
-def metrics(port: int) -> dict[str, float]:
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    return {name: float(value) for name, value in re.findall(r"^(revseg\S+) (\S+)$", text, re.MULTILINE)}
-
-
 def test_logs_and_metrics(checkpoint, config, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process, port = start_sidecar(checkpoint, config, 0, "--metrics-port=0", log=log)
@@ -103,7 +97,7 @@ def test_logs_and_metrics(checkpoint, config, tmp_path):
             assert seen[f"{prefix}calls"] == seen[f"{prefix}calls_waiting"] == 0
         finally:
             process.terminate()
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     calls = [line for line in lines if line["event"] == "call"]
     assert [(call["method"], call["code"], call.get("prompts")) for call in calls if call["method"] != "PutClip"] == [

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from queue import SimpleQueue
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -56,9 +55,7 @@ def main(
     """
     if not insecure:
         refuse_exposure(host, tls, token)
-    signals = SimpleQueue()  # the one queue that a signal handler may safely put into
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: signals.put(number))
+    signals = _signals()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     log_as_json()
@@ -73,7 +70,7 @@ def main(
     facts = {"host": host, "port": port_taken, "metrics_port": metrics_port, "checkpoint": str(checkpoint)}
     LOGGER.info("serving", extra={"fields": facts})
     print(f"sidecar serving on {host}:{port_taken}", flush=True)
-    number = signals.get()
+    number = signals.recv(1)[0]
     LOGGER.info("draining", extra={"fields": {"signal": signal.Signals(number).name, "calls": service.calls}})
     health_service.enter_graceful_shutdown()  # from now on NOT_SERVING
     finished = service.drain(DRAIN_SECONDS)
@@ -135,6 +132,20 @@ def _service(checkpoint: str, config: str, device: str, threads: int | None) -> 
     versions = {"revseg_jax": revseg_jax.__version__, "sam2": version("sam2"), "torch": torch.__version__}
     engine = Engine(build_tracker(config, checkpoint, device))
     return TrackerService(engine, Description(str(checkpoint), str(config), versions), Limits())
+
+
+def _signals() -> socket.socket:
+    """Where the number of each SIGTERM and SIGINT can be read from, one byte each.
+
+    Handlers written in Python wait for the main thread to wake up, and when the system delivers a signal to one of the
+    other threads nothing wakes it; what is written here by the interpreter's own handler does.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.detach())
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: None)
+    return reading
 
 
 def _gauges(service) -> dict[str, tuple[str, Callable[[], float]]]:
