@@ -8,7 +8,8 @@ the same JPEG images, in turns in one process; on the CPU in processor seconds o
 machine does not count, on a GPU in wall seconds. load: a sidecar of its own with the embedded tracker on one thread,
 and clients that ask for scores of 8 prompts without pause; latencies as the clients see them, memory as the sidecar's
 metrics tell it. Both print one JSON object. Exit 1 when masks differ beyond pixels on an outline (not looked at on a
-GPU, where ours is in bfloat16), or when a request under load fails.
+GPU, where ours is in bfloat16), when the group costs more than 1.6 passes of the image encoder besides the tracking, or
+when a request under load fails.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from revseg_jax.data.synthetic import Scene, render
 from revseg_jax.tracker import TrackerClient
 
 PROMPTS, FRAMES, CLIPS = 8, 16, 32
+MOST_PASSES = 1.6  # of the image encoder over the clip
 
 
 def clip(seed: int) -> tuple[list[bytes], Scene]:
@@ -111,7 +113,15 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
                 torch.cuda.synchronize()
             return clock() - began, result
 
-        seconds = {"ours": [], "tracking": [], "stock": []}
+        frames = [normalised(held.frame(index, model.image_size), options.device) for index in range(FRAMES)]
+
+        @torch.inference_mode()
+        def encode() -> None:
+            with torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=on_gpu):
+                for frame in frames:
+                    model.forward_image(frame)
+
+        seconds = {"ours": [], "tracking": [], "stock": [], "encoder": []}
         timed(ours), timed(lambda: stock_masks(model, folder, *asked[0]))  # what is only done once is not counted
         for _ in range(options.repeats):
             spent, (engine, masks) = timed(ours)
@@ -119,8 +129,10 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
             seconds["tracking"].append(timed(lambda engine=engine: tracked(engine))[0])  # features are there
             spent, expected = timed(stock)
             seconds["stock"].append(spent)
+            seconds["encoder"].append(timed(encode)[0])
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    encoder = median["ours"] - median["tracking"]
+    # Beyond their own tracking, what 8 prompts cost in passes of the image encoder over the clip, a frame at a time.
+    passes = (median["ours"] - median["tracking"]) / median["encoder"]
     different = float((masks != expected).mean())
     return {
         "what": "group",
@@ -132,13 +144,22 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
         "seconds": median,
         "repeats": seconds,
         "stock_over_ours": median["stock"] / median["ours"],
-        "images_encoded_share": encoder / median["ours"],
+        "encoder_passes": passes,
         "frames_a_second": PROMPTS * FRAMES / median["ours"],
         "stock_frames_a_second": PROMPTS * FRAMES / median["stock"],
         "pixels_that_differ": different,
         "versions": {name: version(name) for name in ("torch", "sam2", "revseg-jax")},
         "machine": platform.processor() or platform.machine(),
-    }, on_gpu or different < 1e-4
+    }, passes <= MOST_PASSES and (on_gpu or different < 1e-4)
+
+
+def normalised(frame: np.ndarray, device: str):
+    """uint8 [S, S, 3] -> float32 [1, 3, S, S] as the image encoder takes it."""
+    import torch
+
+    from revseg_jax.tracker.engine import _normalise
+
+    return _normalise(torch.from_numpy(frame[None].copy()).to(device))
 
 
 def stock_masks(model, folder: str, keyframe: int, box: Sequence[float]) -> np.ndarray:

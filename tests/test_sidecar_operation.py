@@ -17,7 +17,8 @@ from revseg_jax import cli
 from revseg_jax.config import RewardsConfig
 from revseg_jax.errors import InputError
 from revseg_jax.rewards.scoring import request_rewards
-from revseg_jax.tracker import TrackerClient
+from revseg_jax.tracker import TrackerClient, wire
+from revseg_jax.tracker.clips import Limits
 
 pytest_plugins = ["tracker_fixtures"]
 
@@ -70,6 +71,22 @@ def test_rewards_on_some_frames(serving):
             expected = client.score(batch.jpegs[0], [(2, BOX)], truth, list(frames), contour=False)
             np.testing.assert_array_equal(pending.scores[0].result(60).j_per_frame, expected.j_per_frame)
             assert expected.j_per_frame.shape == (1, len(frames))
+
+
+# --- what it says about itself
+
+
+def test_info(serving, model):
+    limits = Limits(max_frames=7, max_pixels=40_000, max_clips=3, clip_bytes=10**6)
+    service, port = serving(limits)
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        client.track(moving_shapes(2), [(0, BOX)])
+        info = client.info()
+        assert (info.checkpoint, info.device, info.image_size) == ("random", "cpu", model.image_size)
+        assert (info.max_frames, info.max_pixels, info.max_clips, info.max_clip_bytes) == (7, 40_000, 3, 10**6)
+        assert info.max_prompts == limits.max_prompts and info.max_masks == limits.max_masks
+        assert info.max_calls == limits.max_calls and info.max_message_bytes == wire.MESSAGE_BYTES
+        assert info.clips_held == 1
 
 
 # --- logs and metrics

@@ -125,6 +125,12 @@ def metrics(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(revseg\S+) (\S+)$", text, re.MULTILINE)}
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory of a process, where there is a /proc."""
+    status = (Path("/proc") / str(pid) / "status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s*(\d+) kB", status)[1])
+
+
 def slow_channel(address: str) -> grpc.Channel:
     """A connection that takes an answer only when it is asked for the next one: a server's buffers stay full."""
     options = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
