@@ -144,7 +144,7 @@ def footprint(process) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
-@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_malformed_requests_leave_nothing_behind(checkpoint, config, tmp_path, count):
     with open(tmp_path / "log", "w+") as log:
         process, port = start_sidecar(checkpoint, config, log=log)

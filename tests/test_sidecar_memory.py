@@ -26,6 +26,7 @@ def frames(count: int) -> Iterator[np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
 def test_a_clip_of_2000_frames_streams_through_within_the_limit(checkpoint, config):
     process, port = start_sidecar(checkpoint, config, 0, f"--feature-mebibytes={LIMIT}")
