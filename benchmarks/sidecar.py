@@ -8,7 +8,8 @@ the same JPEG images, in turns in one process; on the CPU in processor seconds o
 machine does not count, on a GPU in wall seconds. load: a sidecar of its own with the embedded tracker on one thread,
 and clients that ask for scores of 8 prompts without pause; latencies as the clients see them, memory as the sidecar's
 metrics tell it. Both print one JSON object. Exit 1 when masks differ beyond pixels on an outline (not looked at on a
-GPU, where ours is in bfloat16), or when a request under load fails.
+GPU, where ours is in bfloat16), when the group costs more than 1.6 passes of the image encoder besides the tracking,
+when a request under load fails or when memory grows under load.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from revseg_jax.data.synthetic import Scene, render
 from revseg_jax.tracker import TrackerClient
 
 PROMPTS, FRAMES, CLIPS = 8, 16, 32
+MOST_PASSES = 1.6  # of the image encoder over the clip
+MOST_GROWN_BYTES = 50 << 20  # while it serves the same clips again and again
 
 
 def clip(seed: int) -> tuple[list[bytes], Scene]:
@@ -59,9 +62,11 @@ def prompts(scene: Scene, seed: int) -> list[tuple[int, tuple[float, ...]]]:
 def group(options: argparse.Namespace) -> tuple[dict, bool]:
     import torch
     from omegaconf import OmegaConf
+    from sam2.sam2_video_predictor import SAM2VideoPredictor
 
     from revseg_jax.tracker.clips import Clip, ClipWriter, Limits
-    from revseg_jax.tracker.engine import Engine
+    from revseg_jax.tracker.engine import FEATURE_BYTES, Engine
+    from revseg_jax.tracker.features import FeatureCache
     from revseg_jax.tracker.model import _config_path, build_tracker
     from revseg_jax.tracker.tracker_pb2 import JPEG
 
@@ -78,8 +83,16 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
             tree.model.image_size = options.image_size
             config = Path(folder) / "config.yaml"
             OmegaConf.save(tree, config)
-        torch.manual_seed(0)
-        model = build_tracker(config, checkpoint, options.device)
+
+        def build() -> SAM2VideoPredictor:
+            torch.manual_seed(0)
+            return build_tracker(config, checkpoint, options.device)
+
+        model, stock_model = build(), build()
+        half = torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=on_gpu)
+        engine = Engine(model, compiled=on_gpu)
+        if on_gpu:
+            print(engine.warm_up() or "compiled", file=sys.stderr)
         for index, image in enumerate(images):
             (Path(folder) / f"{index:05d}.jpg").write_bytes(image)
         height, width = scene.frames.shape[1:3]
@@ -88,18 +101,19 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
             writer.add(image, last=True)
         held: Clip = writer.close("")
 
-        def ours() -> tuple[Engine, np.ndarray]:
-            engine = Engine(model)
-            return engine, tracked(engine)
+        def ours() -> np.ndarray:
+            engine.features = FeatureCache(model.device, FEATURE_BYTES, 0)
+            return tracked()
 
-        def tracked(engine: Engine) -> np.ndarray:
+        def tracked() -> np.ndarray:
             masks = np.zeros((PROMPTS, FRAMES, height, width), bool)
             for which, at, found in engine.track(held, asked):
                 masks[which, at] = found
             return masks
 
         def stock() -> np.ndarray:
-            return np.array([stock_masks(model, folder, *prompt) for prompt in asked])
+            with half:
+                return np.array([stock_masks(stock_model, folder, *prompt) for prompt in asked])
 
         def timed(work: Callable) -> tuple[float, object]:
             if on_gpu:
@@ -111,16 +125,26 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
                 torch.cuda.synchronize()
             return clock() - began, result
 
-        seconds = {"ours": [], "tracking": [], "stock": []}
-        timed(ours), timed(lambda: stock_masks(model, folder, *asked[0]))  # what is only done once is not counted
+        frames = [normalised(held.frame(index, model.image_size), options.device) for index in range(FRAMES)]
+
+        @torch.inference_mode()
+        def encode() -> None:
+            with half:
+                for frame in frames:
+                    stock_model.forward_image(frame)
+
+        seconds = {"ours": [], "tracking": [], "stock": [], "encoder": []}
+        timed(ours), timed(lambda: stock_masks(stock_model, folder, *asked[0]))  # what is only done once is not counted
         for _ in range(options.repeats):
-            spent, (engine, masks) = timed(ours)
+            spent, masks = timed(ours)
             seconds["ours"].append(spent)
-            seconds["tracking"].append(timed(lambda engine=engine: tracked(engine))[0])  # features are there
+            seconds["tracking"].append(timed(tracked)[0])  # features are there
             spent, expected = timed(stock)
             seconds["stock"].append(spent)
+            seconds["encoder"].append(timed(encode)[0])
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    encoder = median["ours"] - median["tracking"]
+    # Beyond their own tracking, what 8 prompts cost in passes of the image encoder over the clip, a frame at a time.
+    passes = (median["ours"] - median["tracking"]) / median["encoder"]
     different = float((masks != expected).mean())
     return {
         "what": "group",
@@ -132,13 +156,22 @@ def group(options: argparse.Namespace) -> tuple[dict, bool]:
         "seconds": median,
         "repeats": seconds,
         "stock_over_ours": median["stock"] / median["ours"],
-        "images_encoded_share": encoder / median["ours"],
+        "encoder_passes": passes,
         "frames_a_second": PROMPTS * FRAMES / median["ours"],
         "stock_frames_a_second": PROMPTS * FRAMES / median["stock"],
         "pixels_that_differ": different,
         "versions": {name: version(name) for name in ("torch", "sam2", "revseg-jax")},
         "machine": platform.processor() or platform.machine(),
-    }, on_gpu or different < 1e-4
+    }, passes <= MOST_PASSES and (on_gpu or different < 1e-4)
+
+
+def normalised(frame: np.ndarray, device: str):
+    """uint8 [S, S, 3] -> float32 [1, 3, S, S] as the image encoder takes it."""
+    import torch
+
+    from revseg_jax.tracker.engine import _normalise
+
+    return _normalise(torch.from_numpy(frame[None].copy()).to(device))
 
 
 def stock_masks(model, folder: str, keyframe: int, box: Sequence[float]) -> np.ndarray:
@@ -204,8 +237,9 @@ def load(options: argparse.Namespace) -> tuple[dict, bool]:
             stop.set()
             sidecar.terminate()
             code = sidecar.wait(90)
-    # The first fifth of the time fills caches.
-    later = [resident for at, resident, _ in samples if at > 12 * options.minutes]
+    # The first fifth of the time fills what is filled once; the cache of features grows until it holds all clips.
+    later = [resident - features for at, resident, features in samples if at > 12 * options.minutes]
+    grown = max(later) - later[0]
     return {
         "what": "load",
         "minutes": options.minutes,
@@ -215,12 +249,13 @@ def load(options: argparse.Namespace) -> tuple[dict, bool]:
         "first_failure": failures[0] if failures else None,
         "requests_a_second": len(latencies) / seconds,
         "latency_seconds": {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 99)},
-        "resident_mebibytes": {"early": round(later[0] / 2**20), "late": round(later[-1] / 2**20)},
-        "most_resident_mebibytes": round(max(later) / 2**20),
+        "mebibytes_besides_features": {"early": round(later[0] / 2**20), "late": round(later[-1] / 2**20)},
+        "mebibytes_grown": grown / 2**20,
+        "feature_mebibytes": round(samples[-1][2] / 2**20),
         "sidecar_cpu_share": spent / seconds,
         "exit_code": code,
         "versions": {name: version(name) for name in ("torch", "sam2", "grpcio", "revseg-jax")},
-    }, not failures and code == 0
+    }, not failures and code == 0 and grown < MOST_GROWN_BYTES
 
 
 def metrics(port: int) -> dict[str, float]:
@@ -236,7 +271,7 @@ def main() -> None:
     one.add_argument("--checkpoint", help="default: the embedded one, random weights for other configs")
     one.add_argument("--image-size", type=int, help="instead of the config's")
     one.add_argument("--device", default="cpu")
-    one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("--repeats", type=int, default=5)
     other = kinds.add_parser("load")
     other.add_argument("--minutes", type=float, default=10.0)
     other.add_argument("--clients", type=int, default=4)

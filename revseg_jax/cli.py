@@ -120,6 +120,8 @@ def parser() -> Parser:
     sidecar.add_argument("--tls-client-ca", metavar="PEM", help="serve only clients with a certificate it signed")
     sidecar.add_argument("--token-file", metavar="FILE", help="serve only calls with the bearer token in it")
     sidecar.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS or token")
+    sidecar.add_argument("--feature-mebibytes", type=int, default=2048, help="of image features kept on the device")
+    sidecar.add_argument("--host-feature-mebibytes", type=int, help="of those a GPU has no room for (default: 8192)")
     sidecar.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there")
     sidecar.add_argument("--check", action="store_true", help="exit 0 when a sidecar serves there, else 1")
     sidecar.add_argument("--tls-ca", metavar="PEM", help="with --check: the authority of the sidecar's certificate")
@@ -244,6 +246,8 @@ def run_sidecar(options: argparse.Namespace) -> None:
             token=token,
             insecure=options.insecure,
             metrics_port=options.metrics_port,
+            feature_mebibytes=options.feature_mebibytes,
+            host_feature_mebibytes=options.host_feature_mebibytes,
         )
     )
 

@@ -132,15 +132,63 @@ def test_features_are_computed_once_a_frame_within_the_limit(model, monkeypatch)
     assert sum(seen) == 12
     list(engine.track(clip, some_prompts(3, 12, seed=9)))
     assert sum(seen) == 12
-    a_frame = engine.held_bytes // 12
+    a_frame = engine.features.device_bytes // 12
     small = Engine(model, feature_bytes=4 * a_frame)
     small.frames_together = 2
     again = []
     for *_, masks in small.track(clip, some_prompts(2, 12)):
         again.append(masks)
-        assert small.held_bytes <= 4 * a_frame and len(small._features) <= 4
+        assert small.features.device_bytes <= 4 * a_frame
     assert sum(seen) > 12 + 12
     assert all((a != b).sum() <= 3 for a, b in zip(first, again, strict=True))
+
+
+def test_features_that_leave_the_device_come_back_from_the_host(model, monkeypatch):
+    clip, prompts, seen = stored(moving_shapes(12)), some_prompts(2, 12), []
+    forward = model.forward_image
+    monkeypatch.setattr(model, "forward_image", lambda images: seen.append(len(images)) or forward(images))
+    engine = Engine(model)
+    whole = tracked(engine, clip, prompts)
+    a_frame = engine.features.device_bytes // 12
+    engine, seen[:] = Engine(model, feature_bytes=2 * a_frame, host_feature_bytes=10 * a_frame), []
+    engine.frames_together = 2
+    for _ in range(2):
+        assert (tracked(engine, clip, prompts) != whole).sum() <= 3
+        assert (engine.features.device_bytes, engine.features.host_bytes) == (2 * a_frame, 10 * a_frame)
+    assert sum(seen) == 12 and engine.misses == 12
+    engine = Engine(model, feature_bytes=2 * a_frame, host_feature_bytes=3 * a_frame)
+    engine.frames_together = 2
+    tracked(engine, clip, prompts)
+    assert engine.features.host_bytes == 3 * a_frame and engine.misses > 12  # too few for the way back
+
+
+def test_bfloat16_and_a_compiled_encoder_give_nearly_the_same(model, monkeypatch):
+    """As on a GPU, but on the CPU and through the compiler's front half only."""
+    clip, prompts, compile_ = stored(moving_shapes(5)), some_prompts(3, 5), torch.compile
+    whole, shapes = tracked(Engine(model), clip, prompts), []
+    monkeypatch.setattr(model.image_encoder, "forward", model.image_encoder.forward)  # put back afterwards
+
+    def compile_front(function, **options):
+        encode = compile_(function, backend="eager", **options)
+        return lambda images: shapes.append(tuple(images.shape)) or encode(images)
+
+    monkeypatch.setattr(torch, "compile", compile_front)
+    engine = Engine(model, compiled=True)
+    engine.frames_together = 4
+    engine.warm_up()
+    assert (tracked(engine, clip, prompts) != whole).sum() <= 3
+    assert len(shapes) == 3 and set(shapes) == {(4, 3, 128, 128)}  # also for the last frame, alone in its block
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda images: 1 / 0)
+    engine = Engine(model, compiled=True)
+    assert engine.warm_up() == "division by zero" and not engine.compiled  # as where no C compiler is
+    assert (tracked(engine, clip, prompts) != whole).sum() <= 3
+
+    engine = Engine(model)
+    engine.half = True
+    rough = tracked(engine, clip, prompts)
+    assert next(iter(engine.features._here.held.values()))[0].dtype == torch.bfloat16
+    assert 0 < (rough != whole).mean() < 0.05 and (rough & whole).sum() > 0.8 * (rough | whole).sum()
 
 
 def test_a_config_that_tracks_otherwise_is_refused(model, monkeypatch):

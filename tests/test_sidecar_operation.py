@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, moving_shapes, some_prompts, start_sidecar
+from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, metrics, moving_shapes, some_prompts, start_sidecar
 
 from revseg_jax import cli
 from revseg_jax.config import RewardsConfig
 from revseg_jax.errors import InputError
 from revseg_jax.rewards.scoring import request_rewards
-from revseg_jax.tracker import TrackerClient
+from revseg_jax.tracker import TrackerClient, wire
+from revseg_jax.tracker.clips import Limits
 
 pytest_plugins = ["tracker_fixtures"]
 
@@ -73,12 +73,23 @@ def test_rewards_on_some_frames(serving):
             assert expected.j_per_frame.shape == (1, len(frames))
 
 
+# --- what it says about itself
+
+
+def test_info(serving, model):
+    limits = Limits(max_frames=7, max_pixels=40_000, max_clips=3, clip_bytes=10**6)
+    service, port = serving(limits)
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        client.track(moving_shapes(2), [(0, BOX)])
+        info = client.info()
+        assert (info.checkpoint, info.device, info.image_size) == ("random", "cpu", model.image_size)
+        assert (info.max_frames, info.max_pixels, info.max_clips, info.max_clip_bytes) == (7, 40_000, 3, 10**6)
+        assert info.max_prompts == limits.max_prompts and info.max_masks == limits.max_masks
+        assert info.max_calls == limits.max_calls and info.max_message_bytes == wire.MESSAGE_BYTES
+        assert info.clips_held == 1
+
+
 # --- logs and metrics
-
-
-def metrics(port: int) -> dict[str, float]:
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    return {name: float(value) for name, value in re.findall(r"^(revseg\S+) (\S+)$", text, re.MULTILINE)}
 
 
 def test_logs_and_metrics(checkpoint, config, tmp_path):
@@ -103,7 +114,7 @@ def test_logs_and_metrics(checkpoint, config, tmp_path):
             assert seen[f"{prefix}calls"] == seen[f"{prefix}calls_waiting"] == 0
         finally:
             process.terminate()
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     calls = [line for line in lines if line["event"] == "call"]
     assert [(call["method"], call["code"], call.get("prompts")) for call in calls if call["method"] != "PutClip"] == [

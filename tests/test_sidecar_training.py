@@ -50,7 +50,8 @@ class KillingClient(TrackerClient):
             self.sidecar[0].kill()
             self.sidecar[0].wait()
             if self.back:
-                threading.Thread(target=self.start_again).start()
+                self.starting = threading.Thread(target=self.start_again)
+                self.starting.start()
         self.requests += 1
         return super().score_async(*arguments, **options)
 
@@ -80,6 +81,7 @@ def test_a_sidecar_that_dies_changes_nothing(clips, sidecar, tmp_path):
     with KillingClient(sidecar, at=2, back=True, patience=300) as client:
         again = run(clips, client, tmp_path / "killed")
         assert client.requests > 2
+        client.starting.join()
     assert metrics(tmp_path / "killed") == expected
     jax.tree.map(np.testing.assert_array_equal, again.trained, state.trained)
     # Killed for good.

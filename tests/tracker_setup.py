@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import numpy as np
 import sam2.sam2_video_predictor
 import sam2.utils.misc
 from PIL import Image
 
+from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker.clips import Clip, ClipWriter, Limits
-from revseg_jax.tracker.upload import clip_upload
+from revseg_jax.tracker.upload import Upload, clip_upload
 
 HEIGHT, WIDTH, FRAMES = 96, 150, 11
 BOX = (20.0, 20.0, 70.0, 60.0)
@@ -103,3 +109,36 @@ def start_sidecar(checkpoint: Path, config: Path, port: int = 0, *options: str, 
     if wait:
         port = int(process.stdout.readline().rpartition(":")[2])
     return process, port
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for it; the limit is for what hangs, not for what is slow."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def metrics(port: int) -> dict[str, float]:
+    """What a sidecar's metrics port says, by the name of the metric with its labels."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+    return {name: float(value) for name, value in re.findall(r"^(revseg\S+) (\S+)$", text, re.MULTILINE)}
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process, where there is a /proc."""
+    status = (Path("/proc") / str(pid) / "status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s*(\d+) kB", status)[1])
+
+
+def slow_channel(address: str) -> grpc.Channel:
+    """A connection that takes an answer only when it is asked for the next one: a server's buffers stay full."""
+    options = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.insecure_channel(address, options=options)
+
+
+def track_request(upload: Upload, prompts) -> pb.TrackRequest:
+    request = pb.TrackRequest(clip_id=upload.header.clip_id)
+    for n, (keyframe, (x1, y1, x2, y2)) in enumerate(prompts):
+        request.prompts.add(prompt_id=n, keyframe=keyframe, x1=x1, y1=y1, x2=x2, y2=y2)
+    return request

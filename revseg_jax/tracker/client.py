@@ -34,10 +34,10 @@ class Scores:
 class TrackerClient:
     """Connections to one or more sidecars. Safe to share between threads.
 
-    A clip goes to the sidecar its content points to, so that its features are computed once; while that one is away, to
-    the next. A sidecar that has answered before may be away for `patience_seconds` (it is being started again, say), or
-    too busy to take a call, before the call fails with SidecarAway; one that never answered, for 10 s.
-    `deadline_seconds` bounds each single request.
+    Clips go to the sidecars in turn, and a clip that came before goes to the same one, which has its features; while
+    that one is away, to the next. A sidecar that has answered before may be away for `patience_seconds` (it is being
+    started again, say), or too busy to take a call, before the call fails with SidecarAway; one that never answered,
+    for 10 s. `deadline_seconds` bounds each single request.
 
     All calls raise InputError when the input is refused and RunFailure when no sidecar gives an answer; SidecarAway is
     one of these.

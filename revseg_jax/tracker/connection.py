@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -104,6 +105,9 @@ class Connections:
             raise InputError("no tracker endpoint given; expected host:port")
         self.endpoints = [Endpoint(address, tls, token) for address in addresses]
         self.patience_seconds = patience_seconds
+        self._homes: OrderedDict[str, int] = OrderedDict()  # where a clip went, the longest unasked-for first
+        self._turn = 0
+        self._lock = threading.Lock()
         self._closed = threading.Event()
 
     def call(self, ask: Callable[[Endpoint], Answer], upload: Upload | None = None) -> Answer:
@@ -146,12 +150,24 @@ class Connections:
             endpoint.channel.close()
 
     def _choose(self, clip_id: str, failed: set[Endpoint]) -> Endpoint:
-        """By the clip's content, so that all who ask about a clip ask the same sidecar; past those that are away."""
-        first = int(clip_id[:8] or "0", 16) % len(self.endpoints)
+        """The clip's own one, or the next of those that are not away."""
+        first = self._home(clip_id)
         ordered = self.endpoints[first:] + self.endpoints[:first]
         now = time.monotonic()
         left_out = lambda endpoint: endpoint.left_out_until if endpoint.left_out_until > now else 0.0  # noqa: E731
         return min(ordered, key=lambda endpoint: (endpoint in failed, left_out(endpoint)))
+
+    def _home(self, clip_id: str) -> int:
+        """Round robin; but a clip that came before goes where its features are."""
+        with self._lock:
+            home = self._homes.pop(clip_id, None)
+            if home is None:
+                home, self._turn = self._turn, (self._turn + 1) % len(self.endpoints)
+            if clip_id:
+                self._homes[clip_id] = home
+            if len(self._homes) > REMEMBERED_CLIPS:
+                self._homes.popitem(last=False)
+            return home
 
     def _nobody(self, seconds: float, endpoint: Endpoint, last: grpc.RpcError) -> str:
         addresses = ", ".join(endpoint.address for endpoint in self.endpoints)

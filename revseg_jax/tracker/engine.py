@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,32 +13,60 @@ from torch import Tensor
 from revseg_jax.errors import InputError
 from revseg_jax.tracker.clips import Clip
 from revseg_jax.tracker.decoding import decode_images
+from revseg_jax.tracker.features import FeatureCache
 from revseg_jax.tracker.propagation import plan, propagate, unsupported
 from revseg_jax.tracker.turns import Call, Turns
 
 Prompt = tuple[int, tuple[float, float, float, float]]  # keyframe and box x1, y1, x2, y2 in pixels of the clip
 
-FEATURE_BYTES = 2 << 30
+FEATURE_BYTES = 2 << 30  # on the model's device
+HOST_FEATURE_BYTES = 8 << 30  # beside a GPU
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of sam2.utils.misc.load_video_frames
 
 
 class Engine:
     """One SAM2 model and the features of the frames it saw last. Safe to call from several threads."""
 
-    def __init__(self, model: SAM2VideoPredictor, feature_bytes: int = FEATURE_BYTES):
+    def __init__(
+        self,
+        model: SAM2VideoPredictor,
+        feature_bytes: int = FEATURE_BYTES,
+        host_feature_bytes: int | None = None,
+        compiled: bool = False,
+    ):
+        """feature_bytes: of image features on the model's device; host_feature_bytes: of those that had to leave it
+        (None: HOST_FEATURE_BYTES beside a GPU, 0 on the CPU). compiled: the image encoder goes through torch.compile.
+        """
         option = unsupported(model)
         if option:
             raise InputError(f"the tracker's config asks for {option}, which the sidecar does not support")
         self.model = model
         self.image_size = model.image_size
-        self.feature_bytes = feature_bytes
+        self.on_gpu = model.device.type == "cuda"
         # As many prompts (frames) go through the model together as keep its activations at a few hundred megabytes.
         self.prompts_together = max(4, min(64, (1 << 22) // model.image_size**2))
         self.frames_together = max(1, min(16, (1 << 21) // model.image_size**2))
-        self._features: OrderedDict[tuple[str, int], list[Tensor]] = OrderedDict()
-        self.held_bytes = 0  # of features
+        if host_feature_bytes is None:
+            host_feature_bytes = HOST_FEATURE_BYTES if self.on_gpu else 0
+        self.features = FeatureCache(model.device, feature_bytes, host_feature_bytes)
         self.hits = self.misses = 0  # frames whose features were asked for: held, or computed
+        self.half = self.on_gpu  # bfloat16 where it is fast; on the CPU the result is exactly the stock predictor's
+        self.compiled, self._plain = compiled, model.image_encoder.forward
+        if compiled:
+            model.image_encoder.forward = torch.compile(self._plain, dynamic=False)
         self.turns = Turns()
+
+    def warm_up(self) -> str | None:
+        """Compiles the image encoder on blank frames, which takes minutes. Returns why it could not be, or None."""
+        try:
+            with torch.inference_mode(), self._autocast():
+                self._encode(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))
+        except Exception as error:  # no C compiler here, a GPU it does not know: torch has no common class for these
+            if not self.compiled:
+                raise
+            self.compiled, self.model.image_encoder.forward = False, self._plain
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        return None
 
     def track(
         self, clip: Clip, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
@@ -99,8 +126,7 @@ class Engine:
                 yield [chosen[rows[n]] for n in keep], [at[n] for n in keep], masks
 
     def _autocast(self) -> torch.autocast:
-        device = self.model.device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.half)
 
     def _look_up(self, clip: Clip, frames: list[int]) -> list[Tensor]:
         """Feature maps [len(frames), channels, h, w] of each level, finest first."""
@@ -111,26 +137,28 @@ class Engine:
         return [torch.cat(maps) for maps in zip(*(found[frame] for frame in frames), strict=True)]
 
     def _cached_or_computed(self, clip: Clip, frame: int) -> dict[int, list[Tensor]]:
-        key = (clip.clip_id, frame)
-        if key in self._features:
+        held = self.features.get((clip.clip_id, frame))
+        if held is not None:
             self.hits += 1
-            self._features.move_to_end(key)
-            return {frame: self._features[key]}
+            return {frame: held}
         # Neighbours will be asked for next, and together they cost less.
         first = frame - frame % self.frames_together
         block = range(first, min(first + self.frames_together, clip.frames))
-        missing = [index for index in block if (clip.clip_id, index) not in self._features]
+        missing = [index for index in block if (clip.clip_id, index) not in self.features]
         self.misses += len(missing)
-        images = np.stack([clip.frame(index, self.image_size) for index in missing])
-        levels = self.model.forward_image(_normalise(torch.from_numpy(images).to(self.model.device)))["backbone_fpn"]
-        levels = levels[-self.model.num_feature_levels :]
+        levels = self._encode(np.stack([clip.frame(index, self.image_size) for index in missing]))
         computed = {index: [level[n : n + 1].clone() for level in levels] for n, index in enumerate(missing)}
         for index, maps in computed.items():
-            self._features[clip.clip_id, index] = maps
-            self.held_bytes += _bytes(maps)
-        while self.held_bytes > self.feature_bytes and self._features:
-            self.held_bytes -= _bytes(self._features.popitem(last=False)[1])
+            self.features.put((clip.clip_id, index), maps)
         return computed
+
+    def _encode(self, images: np.ndarray) -> list[Tensor]:
+        """uint8 [n, S, S, 3] -> feature maps [n or more, channels, h, w] of each level, finest first."""
+        if self.compiled and len(images) < self.frames_together:  # one shape, so that it is compiled once
+            padding = ((0, self.frames_together - len(images)), (0, 0), (0, 0), (0, 0))
+            images = np.pad(images, padding)
+        levels = self.model.forward_image(_normalise(torch.from_numpy(images).to(self.model.device)))["backbone_fpn"]
+        return levels[-self.model.num_feature_levels :]
 
 
 def _masks(logits: Tensor, clip: Clip) -> np.ndarray:
@@ -144,7 +172,3 @@ def _normalise(images: Tensor) -> Tensor:
     """uint8 [n, S, S, 3] -> float32 [n, 3, S, S] as sam2's loaders of video frames do."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (_MEAN, _STD))
     return (images.movedim(-1, 1).float() / 255 - mean) / std
-
-
-def _bytes(maps: list[Tensor]) -> int:
-    return sum(level.nbytes for level in maps)

@@ -21,7 +21,7 @@ from revseg_jax.tracker import tracker_pb2_grpc
 from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipTooLarge, ClipWriter, Limits
 from revseg_jax.tracker.engine import Engine, Prompt
 from revseg_jax.tracker.monitoring import LOGGER, CallRecord, log_call
-from revseg_jax.tracker.wire import RETRY_KEY, decode_masks, encode_masks
+from revseg_jax.tracker.wire import MESSAGE_BYTES, RETRY_KEY, decode_masks, encode_masks
 
 RETRY_MILLISECONDS = 500  # a full sidecar's hint; clients spread around it
 FARTHEST = 1 << 24  # pixels from a frame's corner to those of a box
@@ -150,6 +150,9 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             clips_held=len(self.store),
             max_masks=self.limits.max_masks,
             max_calls=self.limits.max_calls,
+            max_clips=self.limits.max_clips,
+            max_clip_bytes=self.limits.clip_bytes,
+            max_message_bytes=MESSAGE_BYTES,
         )
 
     def drain(self, seconds: float) -> bool:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from queue import SimpleQueue
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -43,27 +42,31 @@ def main(
     token: str | None = None,
     insecure: bool = False,
     metrics_port: int | None = None,
+    feature_mebibytes: int = 2048,
+    host_feature_mebibytes: int | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT, then finishes the calls under way and returns 0.
 
     Prints one line, `sidecar serving on HOST:PORT`, when it is ready. port 0 takes any free one. device "auto" is cuda
     where there is one. threads: of torch on the CPU (None: torch's own choice). parent: a process id; when that process
     is gone, so is the sidecar. Without both tls and token only a loopback host is served, unless `insecure`.
-    metrics_port: of Prometheus metrics over HTTP, or HTTPS with tls; they need no token.
+    metrics_port: of Prometheus metrics over HTTP, or HTTPS with tls; they need no token. feature_mebibytes: of
+    image features kept on the device; host_feature_mebibytes: of those that had to leave it (None: see `Engine`).
 
-    Raises InputError for a checkpoint or config that does not load or a host that would be open to others, RunFailure
-    when a port cannot be had.
+    Raises InputError for a checkpoint, config or limit that will not do or a host that would be open to others,
+    RunFailure when a port cannot be had.
     """
     if not insecure:
         refuse_exposure(host, tls, token)
-    signals = SimpleQueue()  # the one queue that a signal handler may safely put into
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: signals.put(number))
+    for name, limit in (("feature", feature_mebibytes), ("host-feature", host_feature_mebibytes or 0)):
+        if limit < 0:
+            raise InputError(f"--{name}-mebibytes must not be negative, but is {limit}")
+    signals = _signals()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     log_as_json()
     _try_port(host, port)
-    service = _service(checkpoint, config, device, threads)
+    service = _service(checkpoint, config, device, threads, feature_mebibytes, host_feature_mebibytes)
     if metrics_port is not None:
         metrics_port, watcher = serve_metrics(host, metrics_port, tls, _gauges(service))
         service.watchers.append(watcher)
@@ -73,7 +76,7 @@ def main(
     facts = {"host": host, "port": port_taken, "metrics_port": metrics_port, "checkpoint": str(checkpoint)}
     LOGGER.info("serving", extra={"fields": facts})
     print(f"sidecar serving on {host}:{port_taken}", flush=True)
-    number = signals.get()
+    number = signals.recv(1)[0]
     LOGGER.info("draining", extra={"fields": {"signal": signal.Signals(number).name, "calls": service.calls}})
     health_service.enter_graceful_shutdown()  # from now on NOT_SERVING
     finished = service.drain(DRAIN_SECONDS)
@@ -116,7 +119,9 @@ def serve(
     return server, health_service, port
 
 
-def _service(checkpoint: str, config: str, device: str, threads: int | None) -> tracker_pb2_grpc.TrackerServicer:
+def _service(
+    checkpoint: str, config: str, device: str, threads: int | None, feature_mebibytes: int, host_mebibytes: int | None
+) -> tracker_pb2_grpc.TrackerServicer:
     # Torch takes seconds to load: not before it is known that there is a port to serve on.
     import torch
 
@@ -133,8 +138,28 @@ def _service(checkpoint: str, config: str, device: str, threads: int | None) -> 
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device this machine lacks
         raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     versions = {"revseg_jax": revseg_jax.__version__, "sam2": version("sam2"), "torch": torch.__version__}
-    engine = Engine(build_tracker(config, checkpoint, device))
+    model = build_tracker(config, checkpoint, device)
+    host_bytes = None if host_mebibytes is None else host_mebibytes << 20
+    engine = Engine(model, feature_mebibytes << 20, host_bytes, compiled=model.device.type == "cuda")
+    if engine.compiled:
+        reason = engine.warm_up()
+        if reason:
+            LOGGER.warning("not compiled", extra={"fields": {"reason": reason}})
     return TrackerService(engine, Description(str(checkpoint), str(config), versions), Limits())
+
+
+def _signals() -> socket.socket:
+    """Where the number of each SIGTERM and SIGINT can be read from, one byte each.
+
+    Handlers written in Python wait for the main thread to wake up, and when the system delivers a signal to one of the
+    other threads nothing wakes it; what is written here by the interpreter's own handler does.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.detach())
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: None)
+    return reading
 
 
 def _gauges(service) -> dict[str, tuple[str, Callable[[], float]]]:
@@ -145,7 +170,8 @@ def _gauges(service) -> dict[str, tuple[str, Callable[[], float]]]:
     gauges["calls"] = ("Calls under way", lambda: service.calls)
     gauges["calls_waiting"] = ("Calls that wait for the model", lambda: len(engine.turns))
     gauges["clips_held"] = ("Clips in the store", lambda: len(service.store))
-    gauges["feature_bytes"] = ("Image features in the cache", lambda: engine.held_bytes)
+    gauges["feature_bytes"] = ("Image features on the model's device", lambda: engine.features.device_bytes)
+    gauges["host_feature_bytes"] = ("Image features that had to leave it", lambda: engine.features.host_bytes)
     gauges["feature_hits_total"] = ("Frames whose features were in the cache", lambda: engine.hits)
     gauges["feature_misses_total"] = ("Frames whose features were computed", lambda: engine.misses)
     if engine.model.device.type == "cuda":
