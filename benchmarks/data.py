@@ -1,11 +1,12 @@
-"""The clip pipeline: examples a second and core, against a loader that decodes all frames; random access; threads;
-memory of a long run.
+"""The clip pipeline: examples a second and core, against a loader that decodes all frames; random access; worker
+processes, what one more costs and gives; their memory over a long run.
 
     python benchmarks/data.py [--folder DIR] [--clips 24] [--examples 5000] [--records 10000]
 
 Writes its clips into DIR (default: a temporary folder): 80 frames of 480p, and 10,000 records of a few small frames
-for random access. All numbers of one run are of one machine under one load; ratios are of medians over turns. Prints
-one JSON object.
+for random access. The naive loader reads the same records, decodes all 80 frames of a clip to arrays, picks those that
+are shown and resizes these as we do; a second one resizes all 80 before it picks. All numbers of one run are of one
+machine under one load; ratios are of medians over turns. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -25,8 +27,9 @@ from PIL import Image
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.clip import encode_mask
+from revseg_jax.data.example import make_example
 from revseg_jax.data.frames import decode_frame, resize_square
-from revseg_jax.data.pipeline import make_example, training_steps
+from revseg_jax.data.pipeline import training_steps
 from revseg_jax.data.records import VideoExpression, make_record
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.writer import Part, write_dataset
@@ -79,21 +82,49 @@ def seconds(function, *arguments) -> float:
     return time.process_time() - begin
 
 
-def resident() -> float:
-    """MiB of this process in memory."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def workers_of_this() -> list[Path]:
+    """/proc folders of the worker processes."""
+    return [Path(f"/proc/{child.pid}") for child in multiprocessing.active_children()]
+
+
+def resident(process: Path) -> float:
+    """MiB of a process in memory."""
+    return int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers."""
+    fields = [(process / "stat").read_text().rpartition(")")[2].split() for process in workers_of_this()]
+    ticks = sum(int(of[11]) + int(of[12]) for of in fields)  # utime and stime, see proc(5)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def throughput(source: ClipSource, chain: ChainConfig, workers: int, steps: int) -> dict[str, float]:
-    """Examples a second of wall time and of CPU time."""
-    iterator = iter(training_steps(source, chain, 8, seed=0, workers=workers))
-    next(iterator)
-    begin, cpu = time.perf_counter(), time.process_time()
+    """Examples a second of wall time and of CPU time; seconds to the first batch; MiB of a worker."""
+    begin = time.perf_counter()
+    batches = training_steps(source, chain, 8, seed=0, workers=workers)
+    next(batches)
+    started, cpu = time.perf_counter(), cpu_seconds()
     for _ in range(steps):
-        next(iterator)
-    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    return {"examples_a_second": 8 * steps / wall, "examples_a_cpu_second": 8 * steps / cpu}
+        next(batches)
+    wall, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    memory = [resident(process) for process in workers_of_this()]
+    return {
+        "examples_a_second": 8 * steps / wall,
+        "examples_a_cpu_second": 8 * steps / cpu,
+        "seconds_to_the_first_batch": started - begin,
+        "mib_a_worker": max(memory, default=0.0),
+    }
+
+
+def long_run(source: ClipSource, chain: ChainConfig, examples: int, workers: int) -> dict:
+    """MiB of the workers together, sampled over a run. What grows would not be the size of a clip: they are small."""
+    batches, memory = training_steps(source, chain, 8, seed=0, workers=workers), []
+    for step in range(-(-examples // 8)):
+        next(batches)
+        if step % max(examples // 80, 1) == 0:
+            memory.append(round(sum(map(resident, workers_of_this())), 1))
+    return {"examples": examples, "samples": memory, "growth": memory[-1] - memory[len(memory) // 4]}
 
 
 def main() -> None:
@@ -126,16 +157,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         many[int(index)]
     access = (time.perf_counter() - begin) / len(order)
 
-    threads = {str(n): throughput(source, chain, n, 4) for n in (1, 2)}
-
-    # A long run over the small records, with the real shapes of examples: what grows is not the size of a clip.
-    small = ChainConfig(frames=4, frame_size=chain.frame_size)
-    iterator = iter(training_steps(many, small, 8, seed=0, workers=2))
-    memory = []
-    for step in range(-(-options.examples // 8)):
-        next(iterator)
-        if step % max(options.examples // 80, 1) == 0:
-            memory.append(round(resident(), 1))
+    workers = {str(n): throughput(source, chain, n, 6) for n in (0, 1, 2)}
     return {
         "clip": [FRAMES, HEIGHT, WIDTH],
         "shown": [chain.frames, chain.frame_size],
@@ -144,14 +166,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         "ratio_to_decoding_all_frames": statistics.median(all_decoded) / statistics.median(ours),
         "ratio_to_decoding_and_resizing_all_frames": statistics.median(all_resized) / statistics.median(ours),
         "random_access": {"records": len(many), "milliseconds": 1000 * access},
-        "threads": threads,
-        "speedup_of_a_second_thread": threads["2"]["examples_a_second"] / threads["1"]["examples_a_second"],
-        "cpu_cost_of_a_second_thread": threads["1"]["examples_a_cpu_second"] / threads["2"]["examples_a_cpu_second"],
-        "memory_mib": {
-            "examples": options.examples,
-            "samples": memory,
-            "growth": memory[-1] - memory[len(memory) // 4],
-        },
+        "workers": workers,
+        "speedup_of_a_second_worker": workers["2"]["examples_a_second"] / workers["1"]["examples_a_second"],
+        "cpu_cost_of_processes": workers["0"]["examples_a_cpu_second"] / workers["1"]["examples_a_cpu_second"],
+        "memory_mib": long_run(many, ChainConfig(frames=4, frame_size=chain.frame_size), options.examples, 2),
         "cores": os.cpu_count(),
     }
 

@@ -64,7 +64,7 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "test"
     test_clips: int = 0  # how many test examples to evaluate; 0 means all
-    workers: int = 0  # reading threads; 0 means one
+    workers: int = 0  # processes that read and decode ahead; 0: a thread of this one
 
 
 @dataclass(frozen=True)

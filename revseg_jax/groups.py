@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from revseg_jax.config import Config
-from revseg_jax.data.pipeline import Batch, Example, stack
+from revseg_jax.data.example import Batch, Example, stack
 from revseg_jax.rewards.scoring import PendingRewards, collect_rewards, request_rewards
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.batch import RolloutBatch, concatenate

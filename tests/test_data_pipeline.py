@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,11 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from revseg_jax.config import ChainConfig
+from revseg_jax.data import example as example_module
 from revseg_jax.data import pipeline, prepared, records, synthetic_builder
 from revseg_jax.data.clip import Clip, boxes_and_areas, decode_frame, decode_mask, encode_mask, union
+from revseg_jax.data.example import make_example, stack
 from revseg_jax.data.filtered import write_decisions
 from revseg_jax.data.frames import decode_square, encode_frame, resize_square
-from revseg_jax.data.pipeline import make_example, stack, training_steps
+from revseg_jax.data.pipeline import training_steps
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import VideoExpression, clip_of, hash_record, make_record
 from revseg_jax.data.sampling import sample_frames
@@ -344,7 +350,9 @@ def test_a_clip_without_frames_is_refused(source):
 
 def test_only_sampled_frames_are_decoded(source, monkeypatch):
     decoded = []
-    monkeypatch.setattr(pipeline, "decode_square", lambda jpeg, size: decoded.append(jpeg) or decode_square(jpeg, size))
+    monkeypatch.setattr(
+        example_module, "decode_square", lambda jpeg, size: decoded.append(jpeg) or decode_square(jpeg, size)
+    )
     clip = max((source[i] for i in range(len(source))), key=lambda clip: len(clip.frames))
     assert len(clip.frames) > 8
     example = make_example(clip, 0, CHAIN)
@@ -355,9 +363,8 @@ def ids(batch):
     return list(zip(batch.video_id, batch.expression_id, strict=True))
 
 
-def take(dataset, count):
-    iterator = iter(dataset)
-    return [next(iterator) for _ in range(count)]
+def take(steps, count):
+    return [next(steps) for _ in range(count)]
 
 
 def equal(a, b) -> bool:
@@ -404,13 +411,12 @@ def test_uneven_processes_are_refused(source):
 @given(done=st.integers(0, 12), ahead=st.integers(0, 3))
 def test_exact_resume(source, done, ahead):
     """A state taken after `done` steps resumes there, whatever was read since, through JSON and in a new iterator."""
-    dataset = training_steps(source, CHAIN, 5, seed=9)
-    iterator = iter(dataset)
+    iterator = training_steps(source, CHAIN, 5, seed=9)
     for _ in range(done):
         next(iterator)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = [next(iterator) for _ in range(ahead + 1)]
-    resumed = iter(training_steps(source, CHAIN, 5, seed=9))
+    resumed = training_steps(source, CHAIN, 5, seed=9)
     if ahead:
         next(resumed)
     resumed.set_state(state)
@@ -418,13 +424,66 @@ def test_exact_resume(source, done, ahead):
     assert expected[0].index[0] == 5 * done
 
 
-def test_threads_change_nothing(source):
-    plain = take(training_steps(source, CHAIN, 4, seed=2), 5)
-    iterator = iter(training_steps(source, CHAIN, 4, seed=2, workers=3))
-    assert all(equal(next(iterator), batch) for batch in plain[:2])
-    resumed = iter(training_steps(source, CHAIN, 4, seed=2))
-    resumed.set_state(iterator.get_state())
-    assert all(equal(next(resumed), batch) for batch in plain[2:])
+def test_a_state_resumes_with_another_number_of_processes(source):
+    whole = training_steps(source, CHAIN, 6, seed=3)
+    taken = take(whole, 2)
+    part = training_steps(source, CHAIN, 6, 3, process_index=1, process_count=3)
+    part.set_state(whole.get_state())
+    following = next(whole)
+    assert ids(next(part)) == ids(following)[2:4] and ids(following) != ids(taken[1])
+    back = training_steps(source, CHAIN, 6, seed=3)
+    back.set_state(part.get_state())
+    assert equal(next(back), next(whole))
+
+
+def test_worker_processes_change_nothing(source):
+    """Nor does it matter in which of the two ways a run is resumed."""
+    plain = take(training_steps(source, CHAIN, 4, seed=2), 6)
+    workers = training_steps(source, CHAIN, 4, seed=2, workers=2)
+    assert all(equal(next(workers), batch) for batch in plain[:2])
+    alone = training_steps(source, CHAIN, 4, seed=2)
+    alone.set_state(workers.get_state())
+    assert all(equal(next(alone), batch) for batch in plain[2:4])
+    workers.set_state(alone.get_state())
+    assert all(equal(next(workers), batch) for batch in plain[4:])
+
+
+def worker_ids() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+def test_a_killed_worker_is_one_line(source):
+    before = worker_ids()
+    steps = training_steps(source, CHAIN, 4, seed=2, workers=1)
+    next(steps)
+    (worker,) = worker_ids() - before
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(RunFailure, match="processes that read clips was killed") as caught:
+        take(steps, 20)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_clips_are_named_by_workers_too(tmp_path, folder):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(b"" if ".array_record" in path.name else path.read_bytes())
+    with pytest.raises(InputError, match="record [0-9]+ of 'train' cannot be read"):
+        next(training_steps(ClipSource([copy], "train"), CHAIN, 4, seed=2, workers=1))
+
+
+def test_workers_import_no_framework(folder):
+    """What a worker runs, from its first import to an example: many of them must fit beside a trainer."""
+    code = f"""
+import sys
+from revseg_jax.config import ChainConfig
+from revseg_jax.data import workers
+from revseg_jax.data.source import ClipSource
+workers._begin(ClipSource([{str(folder)!r}], "train"), ChainConfig(frames=2, frame_size=28))
+assert workers._make(3, 8).index == 8
+assert not {{"jax", "torch", "tensorflow", "grain", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_reversed_split_is_the_test_split_backwards(folder):
@@ -470,9 +529,9 @@ def test_mixtures_take_turns_by_weight(folder, other):
     parts = [take(training_steps(source, CHAIN, 4, 4, process, 2), 3) for process in range(2)]
     for step, batch in enumerate(whole):
         assert ids(batch) == [pair for part in parts for pair in ids(part[step])]
-    iterator = iter(training_steps(source, CHAIN, 4, seed=4))
+    iterator = training_steps(source, CHAIN, 4, seed=4)
     next(iterator)
-    resumed = iter(training_steps(source, CHAIN, 4, seed=4))
+    resumed = training_steps(source, CHAIN, 4, seed=4)
     resumed.set_state(json.loads(json.dumps(iterator.get_state())))
     assert equal(next(resumed), whole[1])
 

@@ -7,7 +7,7 @@ import pytest
 
 from revseg_jax.chain.parsing import Turn1, Turn2
 from revseg_jax.config import Config, RewardsConfig, RolloutConfig
-from revseg_jax.data.pipeline import Batch, Example, stack
+from revseg_jax.data.example import Batch, Example, stack
 from revseg_jax.groups import Groups, decode_steps, replace_groups_without_spread
 from revseg_jax.rewards.scoring import PendingRewards
 from revseg_jax.rollout.batch import RolloutBatch

@@ -301,7 +301,7 @@ def test_mixed_datasets_stream_into_examples(tmp_path):
         prepare(name, tree, folder, ["train"], workers=1, progress=False)
     source = ClipSource(folders, "train", [1, 1])
     chain = ChainConfig(frames=6, frame_size=28, keyframe_size=56)
-    steps = iter(training_steps(source, chain, 4, seed=0))
+    steps = training_steps(source, chain, 4, seed=0)
     seen = set()
     for batch in (next(steps), next(steps)):
         assert batch.frames.shape == (4, 6, 28, 28, 3) and batch.frame_count.tolist() == [4] * 4

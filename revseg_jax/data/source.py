@@ -91,9 +91,15 @@ class ClipSource:
         if last is not None and last[0] == video:
             return last[1]
         folder, position = self._videos[video]
-        if folder not in self._readers:
-            self._readers[folder] = _open(self.folders[folder], self.split)
-        record = self._readers[folder][position]
+        try:
+            if folder not in self._readers:
+                self._readers[folder] = _open(self.folders[folder], self.split)
+            record = self._readers[folder][position]
+        except Exception as error:  # TFDS and array_record raise many kinds; all mean that the files are damaged
+            raise InputError(
+                f"{self.folders[folder]}: record {position} of {self.split!r} cannot be read from the array_record "
+                f"files: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from None
         self._last = (video, record)
         return record
 
@@ -101,7 +107,4 @@ class ClipSource:
 def _open(folder: str, split: str):
     import tensorflow_datasets as tfds
 
-    try:
-        return tfds.builder_from_directory(folder).as_data_source(split)
-    except Exception as error:  # TFDS raises many kinds; all mean that the folder's files are damaged
-        raise InputError(f"{folder}: the array_record files of {split!r} cannot be opened: {error}") from None
+    return tfds.builder_from_directory(folder).as_data_source(split)

@@ -9,7 +9,7 @@ import numpy as np
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.clip import Clip
-from revseg_jax.data.pipeline import Batch, make_example, stack
+from revseg_jax.data.example import Batch, make_example, stack
 from revseg_jax.data.source import ClipSource
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine

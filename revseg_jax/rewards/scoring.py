@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from revseg_jax.config import ChainConfig, RewardsConfig
-from revseg_jax.data.pipeline import Batch
+from revseg_jax.data.example import Batch
 from revseg_jax.rewards.overlong import overlong_penalty
 from revseg_jax.rewards.total import RolloutReward, score_rollout, weights_from
 from revseg_jax.rollout.chains import Rollout

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from revseg_jax.chain.prompts import validate_templates
 from revseg_jax.config import ChainConfig, Config
-from revseg_jax.data.pipeline import Batch
+from revseg_jax.data.example import Batch
 from revseg_jax.parallel.mesh import make_mesh
 from revseg_jax.parallel.sharding import tree_shardings
 from revseg_jax.policy.checkpoint import load_policy

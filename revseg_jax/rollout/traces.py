@@ -6,7 +6,7 @@ from typing import Any
 
 from revseg_jax.chain.prompts import prefix_text, turn2_prompt_text
 from revseg_jax.config import ChainConfig
-from revseg_jax.data.pipeline import Batch
+from revseg_jax.data.example import Batch
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
 
