@@ -53,7 +53,7 @@ class PolicyConfig:
     path: str = "embedded"  # folder in Hugging Face layout, or "embedded" for the tiny policy shipped here
     dtype: str = "float32"  # of activations: float32 | bfloat16
     param_dtype: str = "float32"  # of the trained parameters and the optimiser state
-    remat: bool = False  # recompute each decoder layer in the backward pass
+    remat: str = "none"  # in the backward pass: none | dots | dots_with_no_batch_dims | full (the least memory)
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,7 @@ def check(config: Config) -> None:
         ("learner.ppo.critic", config.learner.ppo.critic): ("trunk", "head"),
         ("policy.dtype", config.policy.dtype): ("float32", "bfloat16"),
         ("policy.param_dtype", config.policy.param_dtype): ("float32", "bfloat16"),
+        ("policy.remat", config.policy.remat): ("none", "dots", "dots_with_no_batch_dims", "full"),
     }
     for (key, value), allowed in choices.items():
         if value not in allowed:

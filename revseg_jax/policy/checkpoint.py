@@ -92,15 +92,15 @@ def load_policy(
     folder: str | Path,
     dtype: str = "float32",
     param_dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     mesh: Mesh | None = None,
     attention: str = "auto",
 ) -> LoadedPolicy:
     """Loads a checkpoint folder in Hugging Face layout, or "embedded".
 
-    dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16". mesh: of
-    `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices hold. attention: the implementation
-    (see `AttentionChoice`).
+    dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16". remat: a name of
+    `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices
+    hold. attention: the implementation (see `AttentionChoice`).
     Raises InputError that names what is missing or wrong in the folder.
     """
     folder = resolve_folder(folder)

@@ -14,7 +14,8 @@ from revseg_jax.policy.vision import VisionTower
 
 
 class Policy(nnx.Module):
-    """Qwen2.5-VL. `dtype` is that of the activations; parameters keep their own. `attention`: of whole sequences."""
+    """Qwen2.5-VL. `dtype` is that of the activations; parameters keep their own. `remat`: a name of
+    `revseg_jax.policy.remat`. `attention`: of whole sequences."""
 
     def __init__(
         self,
@@ -22,7 +23,7 @@ class Policy(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
         attention: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
     ):
         self.config = config

@@ -12,6 +12,7 @@ from flax import nnx
 from revseg_jax.policy.attention import AttentionChoice, attention, shared_prefix_attention
 from revseg_jax.policy.config import TextConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
+from revseg_jax.policy.remat import rematerialised
 from revseg_jax.policy.rope import decoder_rotation, rotate
 
 
@@ -88,7 +89,7 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=wide)
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, remat: bool = False
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, remat: str = "none"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs whole sequences, each causal over its own real tokens.
 
@@ -105,7 +106,7 @@ class Decoder(nnx.Module):
         return hidden[:, 0], keys[:, :, 0], values[:, :, 0]
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: PrefixCache, remat: bool = False
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: PrefixCache, remat: str = "none"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs whole suffixes at once.
 
@@ -119,7 +120,7 @@ class Decoder(nnx.Module):
         return self._run_layers(x, positions, attend, (prefix.key, prefix.value), remat)
 
     def _run_layers(
-        self, x: jax.Array, positions: jax.Array, attend: Callable, shared: tuple | None, remat: bool
+        self, x: jax.Array, positions: jax.Array, attend: Callable, shared: tuple | None, remat: str
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`attend(query, key, value, its part of shared)` mixes the values; `shared` has a leading axis of layers."""
         cos, sin = decoder_rotation(self.config, positions, x.dtype)
@@ -131,7 +132,7 @@ class Decoder(nnx.Module):
             query, key, value = module.project(x, cos, sin)
             return module.finish(x, attend(query, key, value, shared_layer)), (key, value)
 
-        x, (keys, values) = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (stacked, shared))
+        x, (keys, values) = jax.lax.scan(rematerialised(layer, remat), x, (stacked, shared))
         return self.norm(x), keys, values
 
     def extend(

@@ -20,6 +20,7 @@ from flax import nnx
 from revseg_jax.policy.attention import AttentionChoice, attention
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
+from revseg_jax.policy.remat import rematerialised
 from revseg_jax.policy.rope import merge_order, rotate, vision_angles
 
 
@@ -112,7 +113,7 @@ class VisionTower(nnx.Module):
         self.blocks = stack_layers(lambda layer_rngs: VisionBlock(config, rngs=layer_rngs), config.depth, rngs)
         self.merger = PatchMerger(config, rngs=rngs)
 
-    def __call__(self, patches: jax.Array, height: int, width: int, remat: bool = False) -> jax.Array:
+    def __call__(self, patches: jax.Array, height: int, width: int, remat: str = "none") -> jax.Array:
         """patches [slices, height * width, patch_dim] in merge order -> [slices, height * width / merge^2, out_hidden].
 
         height, width: the grid in patches, static. `patches` come from `revseg_jax.policy.preprocess.patchify`.
@@ -124,7 +125,7 @@ class VisionTower(nnx.Module):
         x = self._run_blocks(x, np.cos(angles)[None], np.sin(angles)[None], segments[None], remat)
         return self.merger(x)[:, layout.scatter]
 
-    def packed(self, patches: jax.Array, places: jax.Array, segments: jax.Array, remat: bool = False) -> jax.Array:
+    def packed(self, patches: jax.Array, places: jax.Array, segments: jax.Array, remat: str = "none") -> jax.Array:
         """Slices of any sizes, laid out window by window and several to a row: nothing but array shapes is static.
 
         patches [rows, windows, slots, patch_dim]; places int32 [rows, windows, slots, 2], row and column in the
@@ -135,7 +136,7 @@ class VisionTower(nnx.Module):
         x = self.patch_embed("mtp,pd->mtd", patches.reshape(len(patches), -1, patches.shape[-1]))
         return self.merger(self._run_blocks(x, jnp.cos(angles), jnp.sin(angles), segments, remat))
 
-    def _run_blocks(self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, remat: bool) -> jax.Array:
+    def _run_blocks(self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, remat: str) -> jax.Array:
         """x [rows, windows * slots, width]; cos, sin [rows or 1, windows * slots, head_dim]; segments int32 [rows or 1,
         windows, slots]. Returns the same shape as x."""
         windows = segments.shape[1]
@@ -159,4 +160,4 @@ class VisionTower(nnx.Module):
 
             return nnx.merge(graphdef, state)(x, cos, sin, attend), None
 
-        return jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, jnp.asarray(is_full)))[0]
+        return jax.lax.scan(rematerialised(block, remat), x, (stacked, jnp.asarray(is_full)))[0]
