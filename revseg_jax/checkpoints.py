@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,43 @@ import orbax.checkpoint as ocp
 from revseg_jax.errors import RunFailure
 
 
-class Checkpoints:
-    """The folder of a run's checkpoints, of which the newest `keep` stay."""
+@dataclass(frozen=True)
+class NewestAndBest:
+    """Which checkpoints stay: the newest ones and those with the best scores.
 
-    def __init__(self, folder: Path, keep: int):
+    Attributes:
+      newest, best: how many of each
+      scores: of evaluated steps; more may be added while the run goes on
+    """
+
+    newest: int
+    best: int
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each of Orbax's checkpoint infos, oldest first."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps[max(len(steps) - self.newest, 0) :]) | set(best_steps(steps, self.scores)[: self.best])
+        return [step in kept for step in steps]
+
+
+def best_steps(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
+    """Those of `steps` that have a score, the best first; of equal ones the later first."""
+    return sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step), reverse=True)
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, of which those that `kept` names stay."""
+
+    def __init__(self, folder: Path, kept: NewestAndBest):
         self.folder = folder.absolute()
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept,
+            create=True,
+            cleanup_tmp_directories=True,  # what a killed run was writing
+            # Made in the background, a folder that the disk refuses would be waited for until a timeout of minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
     def latest_step(self) -> int | None:
@@ -33,7 +68,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items)
         except (OSError, ValueError) as error:
-            raise self._not_written(error) from error
+            raise self._not_written(error) from None
 
     def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, iterator state) of the newest checkpoint that can be read, placed like `state`.
@@ -64,14 +99,15 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
     def close(self) -> None:
-        """Waits for what is still being written."""
+        """Waits for what is still being written. Raises RunFailure when it could not be."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._not_written(error) from error
-        finally:
             self._manager.close()
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from None
 
     def _not_written(self, error: Exception) -> RunFailure:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        return RunFailure(f"cannot write a checkpoint into {self.folder}: {first}; the previous one is intact")
+        text = str(error) or type(error).__name__
+        full = "RESOURCE_EXHAUSTED" in text  # TensorStore's name for a full disk, amid much else
+        reason = os.strerror(errno.ENOSPC) if full else getattr(error, "strerror", None) or text.splitlines()[0]
+        return RunFailure(f"cannot write a checkpoint into {self.folder}: {reason}; the previous one is intact")

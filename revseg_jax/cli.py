@@ -23,6 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
     # JAX, TensorFlow-free TFDS and gRPC log to stderr on their own; a user should see this program's lines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log has no use for progress bars
+    if not options.debug:
+        import absl.logging
+
+        absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs tracebacks of errors that it then raises
     try:
         options.run(options)
     except (InputError, RunFailure) as error:
@@ -135,8 +141,8 @@ def parser() -> Parser:
     export.add_argument("folder", metavar="RUN")
     export.add_argument("--out", required=True)
 
-    report = command("report", run_report, "Write a run's report.html.")
-    report.add_argument("folder", metavar="RUN")
+    report = command("report", run_report, "Write a run's report.html, or comparison.html beside several runs.")
+    report.add_argument("folders", metavar="RUN", nargs="+")
 
     assets = command("make-assets", run_make_assets, "Train the embedded policy or tracker from scratch.")
     assets.add_argument("which", choices=("policy", "tracker"))
@@ -265,9 +271,9 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    from revseg_jax.report.html import write_report
+    from revseg_jax import report
 
-    print(write_report(Path(options.folder)))
+    report.main(options.folders)
 
 
 def run_make_assets(options: argparse.Namespace) -> None:

@@ -145,6 +145,7 @@ class LearnerConfig:
     prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a step at once
     logprob_chunk: int = 512  # token positions whose vocabulary logits exist at a time
     freeze_vision: bool = False  # not stated in the paper
+    max_bad_steps: int = 5  # steps in a row with a loss or gradient that is not finite before the run stops
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 
@@ -161,8 +162,12 @@ class RunConfig:
     seed: int = 0
     steps: int = 525
     checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_best: int = 1  # of those that were evaluated, besides the newest: by J&F
     traces_every: int = 10  # steps between saved chains
+    evaluate_every: int = 0  # steps between evaluations on data.test, the first before step 1; 0: none
+    deterministic: bool = False  # GPU kernels that repeat bit for bit, at some cost in speed
+    wandb: str = ""  # a Weights & Biases project that gets the metrics too; empty: none
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,9 @@ def check(config: Config) -> None:
         "chain.turn2_tokens": config.chain.turn2_tokens,
         "learner.epochs": config.learner.epochs,
         "learner.minibatches": config.learner.minibatches,
+        "learner.max_bad_steps": config.learner.max_bad_steps,
+        "run.checkpoint_every": config.run.checkpoint_every,
+        "run.keep_checkpoints": config.run.keep_checkpoints,
     }
     for key, value in positive.items():
         if value < 1:
@@ -260,6 +268,8 @@ def check(config: Config) -> None:
             f"learner.prompts_per_microbatch={micro} must divide rollout.prompts_per_step / learner.minibatches={mini}"
         )
     check_learner(config)
+    if config.run.evaluate_every and not config.data.test:
+        raise InputError(f"run.evaluate_every={config.run.evaluate_every} needs clips in data.test")
     if config.chain.frames % 2:
         raise InputError(f"chain.frames={config.chain.frames} must be even: the policy fuses frames in pairs")
 
@@ -268,6 +278,8 @@ def check_learner(config: Config) -> None:
     """The part of `check` that is about updates."""
     learner, rewards = config.learner, config.rewards
     for key, value in (
+        ("run.keep_best", config.run.keep_best),
+        ("run.evaluate_every", config.run.evaluate_every),
         ("rollout.resample_limit", config.rollout.resample_limit),
         ("rewards.overlong_tokens", rewards.overlong_tokens),
         ("rewards.overlong_penalty", rewards.overlong_penalty),

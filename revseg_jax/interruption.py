@@ -8,13 +8,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
+class Interrupted(BaseException):
+    """SIGTERM has come while `Interruption.at_once` was in force. Not an Exception, so that nothing swallows it."""
+
+
 @dataclass
 class Interruption:
     """Attributes:
     requested: SIGTERM has come; set from a signal handler, read between phases
+    raises: the handler also raises Interrupted
     """
 
     requested: bool = False
+    raises: bool = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """The block is left by Interrupted as soon as SIGTERM comes: for long work whose loss costs nothing."""
+        self.raises = True
+        try:
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self.raises = False
 
 
 @contextmanager
@@ -24,6 +41,8 @@ def heed_sigterm() -> Iterator[Interruption]:
 
     def request(number, frame):
         interruption.requested = True
+        if interruption.raises:
+            raise Interrupted
 
     try:
         before = signal.signal(signal.SIGTERM, request)

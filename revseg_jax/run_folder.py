@@ -7,40 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-from tensorboardX import SummaryWriter
+import numpy as np
 
-from revseg_jax.checkpoints import Checkpoints
+from revseg_jax.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.manifest import changed_conditions, manifest
+from revseg_jax.metrics_writer import MetricsWriter, append_line
 
-PACKAGES = (
-    "revseg-jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "transformers",
-    "torch",
-    "sam2",
-)
-
-# What a continued run may have otherwise: how long and how often, where it is, and how it reaches its sidecars.
+# What a continued run may have otherwise: how long and how often, where it is and on which devices, and how it reaches
+# its sidecars. Only the mesh and the size of microbatches may change the bits, and those by rounding alone.
 MAY_CHANGE = frozenset(
     """
-    run.dir run.steps run.checkpoint_every run.keep_checkpoints run.traces_every
+    run.dir run.steps run.checkpoint_every run.keep_checkpoints run.keep_best run.traces_every run.evaluate_every
+    run.wandb learner.prompts_per_microbatch learner.max_bad_steps data.workers
     tracker.endpoints tracker.deadline_seconds tracker.patience tracker.token_file
     tracker.tls_ca tracker.tls_certificate tracker.tls_key
     """.split()
@@ -50,8 +36,8 @@ MAY_CHANGE = frozenset(
 class RunFolder:
     """Opens `config.run.dir` for a training run, new or resumed.
 
-    A resumed run must have the same config but for what `MAY_CHANGE` names. Raises InputError when it has another one,
-    or when another process trains in the folder; RunFailure when the folder cannot be written.
+    A resumed run must have the same data and the same config but for what `MAY_CHANGE` names. Raises InputError when it
+    has others, or when another process trains in the folder; RunFailure when the folder cannot be written.
     """
 
     def __init__(self, config: Config, fingerprints: list[str]):
@@ -60,17 +46,21 @@ class RunFolder:
             for name in ("traces", "checkpoints"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep_checkpoints)
+            self.scores: dict[int, float] = {}  # J&F of the evaluations of this run so far, by step
+            kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, self.scores)
+            self.checkpoints = Checkpoints(self.path / "checkpoints", kept)
             self.resumes = self.checkpoints.latest_step() is not None
+            conditions = manifest(config, fingerprints)
             if self.resumes:
                 self._check_same(config)
+                conditions["earlier_starts"] = self._earlier_starts(conditions)
             else:
-                self._forget_after(0)
-            (self.path / "config.yaml").write_text(to_yaml(config))
-            (self.path / "run.json").write_text(json.dumps(manifest(config, fingerprints), indent=2) + "\n")
+                self._forget_after(-1)
+            _write_whole(self.path / "config.yaml", to_yaml(config))
+            _write_whole(self.path / "run.json", json.dumps(conditions, indent=2) + "\n")
+            self._writer = MetricsWriter(self.path, config.run.wandb, dataclasses.asdict(config))
         except OSError as error:
             raise self._unwritable(error) from None
-        self._tensorboard: SummaryWriter | None = None
 
     def _take_lock(self) -> IO[str]:
         """The operating system lets go of it when the process ends, however it ends."""
@@ -94,34 +84,69 @@ class RunFolder:
                 f"{self.path} holds a run with another config ({'; '.join(changed[:3])}): choose another run.dir"
             )
 
+    def _earlier_starts(self, conditions: dict[str, Any]) -> list[dict[str, Any]]:
+        """What run.json said at each start before this one, without the config. Raises InputError for other data."""
+        path = self.path / "run.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        data = before.get("data_fingerprints", conditions["data_fingerprints"])
+        if data != conditions["data_fingerprints"]:
+            raise InputError(f"{self.path} holds a run on other data than data.train is now: choose another run.dir")
+        for difference in changed_conditions(before, conditions):
+            print(f"revseg: warning: the run goes on with {difference}; that may change its bits", file=sys.stderr)
+        earlier = before.pop("earlier_starts", [])
+        before.pop("config", None)
+        return [*earlier, before] if before else earlier
+
     def _forget_after(self, step: int) -> None:
-        """Drops what was logged after the checkpoint that the run goes on from: those steps are taken again."""
-        for name in ("metrics.jsonl", "digests.jsonl"):
+        """Drops what was logged after the checkpoint that the run goes on from: those steps are taken again.
+
+        Evaluations with a label were not made by the training loop; they stay.
+        """
+        for name in ("metrics.jsonl", "digests.jsonl", "evaluation.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                path.write_text("".join(f"{line}\n" for line in kept))
-        for path in (self.path / "traces").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > step:
+                records = [(line, _record(line)) for line in path.read_text().splitlines()]
+                kept = [line for line, record in records if record and ("label" in record or record["step"] <= step)]
+                _write_whole(path, "".join(f"{line}\n" for line in kept))
+        for path in (self.path / "traces").glob("*_*.jsonl"):
+            number = path.stem.rpartition("_")[2]
+            if number.isdecimal() and int(number) > step:
                 path.unlink()
+        self.scores.clear()
+        self.scores |= evaluation_scores(self.path)
 
     def log(self, step: int, metrics: dict[str, float], digests: dict[str, str]) -> None:
         """One line of metrics.jsonl and one of digests.jsonl. Raises RunFailure when they cannot be written."""
-        if self._tensorboard is None:
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
         try:
-            for name, row in (("metrics", {"time": time.time(), **metrics}), ("digests", digests)):
-                with open(self.path / f"{name}.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step, **row}) + "\n")
+            self._writer.write(step, metrics)
+            append_line(self.path / "digests.jsonl", {"step": step, **digests})
         except OSError as error:
             raise self._unwritable(error) from None
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+
+    def log_evaluation(self, step: int, record: Mapping[str, Any], traces: Iterable[dict[str, Any]]) -> None:
+        """Writes the traces, then one line of evaluation.jsonl: with it the evaluation is done. `record` needs `jf`."""
+        self.write_traces(f"eval_{step:06d}", traces)
+        try:
+            append_line(self.path / "evaluation.jsonl", {"step": step, **record})
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self.scores[step] = record["jf"]
+        numbers = {f"evaluation/{name}": value for name, value in record.items() if isinstance(value, int | float)}
+        self._writer.show(step, numbers)
+
+    def write_bad_batch(self, step: int, arrays: Mapping[str, Any]) -> Path:
+        """Saves arrays for inspection; returns where."""
+        path = self.path / f"bad_batch_{step:06d}.npz"
+        try:
+            np.savez_compressed(path, **arrays)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        return path
 
     def write_traces(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
-            (self.path / "traces" / f"{name}.jsonl").write_text(lines)
+            _write_whole(self.path / "traces" / f"{name}.jsonl", lines)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -136,9 +161,25 @@ class RunFolder:
         try:
             self.checkpoints.close()
         finally:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            self._writer.close()
             self._lock.close()
+
+
+def evaluation_scores(folder: Path) -> dict[int, float]:
+    """J&F of the evaluations that a run has recorded, by step."""
+    path = folder / "evaluation.jsonl"
+    records = map(_record, path.read_text().splitlines()) if path.exists() else ()
+    return {record["step"]: record["jf"] for record in records if record}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A disk that fills up leaves the file as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -151,47 +192,13 @@ def _settings(config: Config) -> dict[str, str]:
             else:
                 yield f"{prefix}{name}", str(value)
 
-    return {key: value for key, value in flatten(dataclasses.asdict(config), "") if key not in MAY_CHANGE}
+    settings = flatten(dataclasses.asdict(config), "")
+    return {key: value for key, value in settings if key not in MAY_CHANGE and not key.startswith("mesh.")}
 
 
-def _step_of(line: str) -> float:
-    """A line that was cut off by a crash counts as belonging to no step that is kept."""
+def _record(line: str) -> dict[str, Any] | None:
+    """None for a line that a crash cut off."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)
     except json.JSONDecodeError:
-        return float("inf")
-
-
-def manifest(config: Config, fingerprints: list[str]) -> dict[str, Any]:
-    """What a run was made of: the content of run.json."""
-    return {
-        "command": sys.argv,
-        "seed": config.run.seed,
-        "config": dataclasses.asdict(config),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "platform": platform.platform(),
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "data_fingerprints": fingerprints,
-        "git": _git_revision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> dict[str, Any] | None:
-    """Revision of the checkout the package runs from, and whether it was clean; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"revision": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
-    except (OSError, subprocess.CalledProcessError):
         return None

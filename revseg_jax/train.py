@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -12,25 +11,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
+from revseg_jax.determinism import use_deterministic_kernels
 from revseg_jax.digests import digest, parameter_digest
 from revseg_jax.errors import RunFailure
-from revseg_jax.groups import NO_SPREAD, Groups, replace_groups_without_spread, sample_groups
-from revseg_jax.interruption import Interruption, heed_sigterm
+from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
+from revseg_jax.interruption import Interrupted, Interruption, heed_sigterm
 from revseg_jax.learner.experience import make_experience
+from revseg_jax.learner.flops import update_flops
 from revseg_jax.learner.reference import fetch_reference, store_reference
 from revseg_jax.learner.update import TrainState, make_learner
 from revseg_jax.parallel.mesh import batch_sharding
 from revseg_jax.parallel.sharding import tree_shardings
+from revseg_jax.progress import Progress
 from revseg_jax.rewards.total import RolloutReward, weights_from
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run_folder import RunFolder
+from revseg_jax.scheduled_evaluation import evaluate_when_due, evaluation_due
+from revseg_jax.step_metrics import Clock, Compilations, reward_metrics, rollout_metrics, speed_metrics
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.tracker.connection import SidecarAway
 from revseg_jax.tracker.process import open_tracker
@@ -42,7 +45,9 @@ def tracker_client(config: Config) -> AbstractContextManager[TrackerClient]:
 
 
 def main(config: Config) -> None:
-    needs_tracker = weights_from(config.rewards).mask > 0
+    if config.run.deterministic:
+        use_deterministic_kernels()
+    needs_tracker = weights_from(config.rewards).mask > 0 or config.run.evaluate_every > 0
     with tracker_client(config) if needs_tracker else nullcontext() as client:
         state = train(config, load_engine(config), client)
     print(f"step {int(state.step)} of {config.run.steps}: parameters {parameter_digest(state.trained)}")
@@ -86,10 +91,21 @@ def run_steps(
 
     # ---- The loop -------------------------------------------------------------------------------------------------
     first = done = saved = int(state.step)
-    away: SidecarAway | None = None
+    failure: str | None = None
     position = data.get_state()  # behind the last whole step
-    bar = tqdm(range(first, config.run.steps), initial=first, total=config.run.steps, desc="train", unit="step")
-    for step in bar:
+    compilations, progress = Compilations(), Progress(first, config.run.steps)
+    for step in range(first, config.run.steps + 1):
+        try:
+            with interruption.at_once():  # what it gives up is made up for at the next start
+                evaluate_when_due(config, loaded, client, state, step, run)
+        except SidecarAway as error:
+            failure = str(error)
+            break
+        except Interrupted:
+            break
+        if step == config.run.steps:
+            break
+
         clock = Clock()
         batch: Batch = next(data)
         clock.lap("data")
@@ -100,7 +116,7 @@ def run_steps(
             try:
                 groups, replaced = replace_groups_without_spread(config, groups, data, sample)
             except SidecarAway as error:
-                away = error
+                failure = str(error)
                 break
         rollouts = jax.device_put(groups.rollouts, place)
         clock.lap("rollout")
@@ -115,7 +131,7 @@ def run_steps(
         try:
             rewards = groups.rewards(config)
         except SidecarAway as error:
-            away = error
+            failure = str(error)
             break
         clock.lap("reward_wait")
         if interruption.requested:
@@ -125,62 +141,37 @@ def run_steps(
         experience = make_experience(config.learner, learner.layout, rollouts, scores, by_turn)
         state, metrics = learner.update(state, loaded.frozen, jax.device_put(experience, place))
         metrics = {f"learner/{name}": float(value) for name, value in metrics.items()}
+        metrics["learner/bad_steps"] = int(state.bad_steps)
         clock.lap("update")
-        if not np.isfinite(metrics["learner/loss"]):
-            raise RunFailure(f"step {step + 1}: the loss is {metrics['learner/loss']}")
 
-        metrics |= step_metrics(groups, rewards) | clock.seconds
-        metrics["reward/wait_fraction"] = clock.seconds["seconds/reward_wait"] / sum(clock.seconds.values())
+        flops = update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts)
+        metrics |= reward_metrics(rewards) | rollout_metrics(groups)
+        metrics |= speed_metrics(clock.seconds, groups.tokens, flops, compilations.since_last())
         metrics["rollout/groups_replaced"] = replaced
         metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
         done, position = step + 1, data.get_state()
         run.log(done, metrics, step_digests(groups.batch, rollouts, rewards, metrics))
-        bar.set_postfix({name: f"{metrics[f'reward/{name}']:.2f}" for name in ("total", "temporal", "spatial")})
+        progress.show(done, metrics)
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
             run.write_traces(f"step_{done:06d}", step_traces(config, groups, rewards, done))
-        if done % config.run.checkpoint_every == 0 or done == config.run.steps:
+        if done % config.run.checkpoint_every == 0 or done == config.run.steps or evaluation_due(config, done):
             run.checkpoints.save(done, state, position)
             saved = done
+        if metrics["learner/bad_steps"] >= config.learner.max_bad_steps:
+            path = run.write_bad_batch(done, groups.rollouts._asdict() | {"rewards": by_turn})
+            failure = f"{int(state.bad_steps)} steps in a row had a loss or gradient that is not finite"
+            failure += f" (the last one's batch: {path})"
+            break
         if interruption.requested:
             break
+    progress.close()
     if done > saved:
         run.checkpoints.save(done, state, position)
-    if away is not None:
-        raise RunFailure(f"{away}; step {done} is saved, the same command goes on from there")
-    if done < config.run.steps:
+    if failure:
+        raise RunFailure(f"{failure}; step {done} is saved, the same command goes on from there")
+    if interruption.requested:
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
-
-
-class Clock:
-    """Splits a step's wall time into named phases."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[f"seconds/{name}"] = now - self._last
-        self._last = now
-
-
-def step_metrics(groups: Groups, rewards: list[list[RolloutReward]]) -> dict[str, float]:
-    """Means over all rollouts of a step, but for the count of truncated ones."""
-    flat_rewards, flat_chains = [r for row in rewards for r in row], [c for row in groups.chains for c in row]
-    metrics = {
-        f"reward/{name}": float(np.mean([getattr(reward, name) for reward in flat_rewards]))
-        for name in ("total", "format", "temporal", "spatial", "mask", "overlong")
-    }
-    spread = np.std([[reward.total for reward in row] for row in rewards], axis=1)
-    return metrics | {
-        "reward/groups_without_spread": float(np.mean(spread <= NO_SPREAD)),
-        "rollout/turns": float(np.mean([reward.turns for reward in flat_rewards])),
-        "rollout/tokens": float(np.mean([chain.tokens for chain in flat_chains])),
-        "rollout/truncated": float(np.mean([chain.truncated for chain in flat_chains])),
-        "rollout/truncated_count": sum(chain.truncated for chain in flat_chains),
-        "rollout/wasted_decode_steps": 1 - groups.tokens / groups.decode_steps,
-    }
 
 
 def step_digests(

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from revseg_jax.config import load_config
+from revseg_jax.determinism import use_deterministic_kernels
 from revseg_jax.digests import STAGES
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.rewards.total import weights_from
@@ -26,8 +27,10 @@ def main(run: str, steps: int) -> None:
         raise InputError(f"{folder} has no digests.jsonl with finished steps: there is nothing to compare with")
     config = load_config(folder / "config.yaml")
     with tempfile.TemporaryDirectory() as again:
-        only = dataclasses.replace(config.run, dir=again, steps=steps, checkpoint_every=steps, traces_every=0)
-        config = dataclasses.replace(config, run=only)
+        only = {"checkpoint_every": steps, "traces_every": 0, "evaluate_every": 0, "wandb": ""}
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=again, steps=steps, **only))
+        if config.run.deterministic:
+            use_deterministic_kernels()
         with tracker_client(config) if weights_from(config.rewards).mask > 0 else nullcontext() as client:
             train(config, load_engine(config), client)
         difference = first_difference(recorded[:steps], read_digests(Path(again)))

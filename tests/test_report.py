@@ -18,7 +18,7 @@ from pycocotools import mask as coco
 
 from revseg_jax.data.frames import encode_frame
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.report import main, write_report
+from revseg_jax.report import main, write_comparison, write_report
 from revseg_jax.report.chains import chosen, group_of, overview, pieces
 from revseg_jax.report.overlays import LONGEST_SIDE, outline_path, picture
 from revseg_jax.report.plots import curves, smooth
@@ -172,11 +172,12 @@ def test_scores_come_from_the_summary_when_there_is_no_evaluation(small):
 
 def test_every_reward_and_every_measure_of_training_has_a_curve(page):
     titles = [node.all("b")[0].text for node in page.all("figure", "curve")]
-    expected = ["Held-out J&F", "Total reward", "Format reward", "Temporal reward", "Spatial reward", "Mask reward",
-                "Tokens per chain", "Turns per chain", "Entropy, nats per token", "KL to the reference",
-                "Gradient norm", "Loss", "Shares", "Log-prob gap", "Seconds per phase"]  # fmt: skip
+    paper = ["Format reward", "Temporal reward", "Spatial reward", "Response length", "Total reward", "Turns"]
+    expected = [*paper, "Mask reward", "Held-out J&F", "Entropy, nats per token", "KL to the reference",
+                "Gradient norm", "Loss", "Clip fraction", "Shares", "Log-prob gap", "Seconds per phase",
+                "Tokens per second", "Peak memory, GiB"]  # fmt: skip
     assert titles == expected
-    phases = page.all("figure", "curve")[-1]
+    phases = page.all("figure", "curve")[-3]
     assert [key.text for key in phases.all("span", "key")] == ["rollout", "reward wait", "update", "reference", "data"]
     assert "2 slow ones not drawn (compilation), the slowest 45 s" in phases.text
 
@@ -185,7 +186,7 @@ def test_a_curve_shows_its_numbers():
     """A ramp and its smooth line end where the axis says: heights in the drawing are proportional to the values."""
     steps = [{"step": step, "reward/mask": 0.2 + 0.005 * step} for step in range(1, 121)]
     rewards, _ = curves(steps, [{"step": 0, "jf": 10.0}, {"step": 60, "jf": float("nan")}, {"step": 120, "jf": 90.0}])
-    held_out, mask = rewards
+    mask, held_out = rewards
     drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', mask.svg)
     assert len(drawn) == 2  # raw, then smooth
     zero, one = (float(re.search(rf'y="([\d.]+)"[^>]*>{label}<', mask.svg)[1]) for label in (r"0\.0", r"1\.0"))
@@ -211,6 +212,67 @@ def test_a_resumed_step_counts_once_with_its_later_record(small):
     steps = [{"step": step, "reward/mask": 0.1} for step in (1, 2, 3)] + [{"step": 2, "reward/mask": 0.9}]
     write_lines(small / "metrics.jsonl", steps)
     assert [(r["step"], r["reward/mask"]) for r in read_run(small).metrics] == [(1, 0.1), (2, 0.9), (3, 0.1)]
+
+
+# ---- Evaluations while the run goes on -------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_shows_its_last_evaluation_and_how_chains_changed(small):
+    base, trained = records(small, "eval_base"), records(small, "eval_trained")
+    for name in ("eval_base", "eval_trained"):
+        (small / "traces" / f"{name}.jsonl").unlink()
+    (small / "summary.json").unlink()
+    for step, chains in ((0, base), (20, base), (40, trained)):
+        write_lines(small / "traces" / f"eval_{step:06d}.jsonl", chains)
+    scores = [{"step": 0, **BASE}, {"step": 20, **BASE}, {"step": 40, **TRAINED}]
+    write_lines(small / "evaluation.jsonl", scores)
+    page = read(small)
+    assert "from 25.3 to 56.3" in page.all("p", "headline")[0].text
+    assert len(page.all("article", "clip")[0].all("section", "side")) == 2
+    section = next(node for node in page.all("section") if node.attributes.get("aria-labelledby") == "changes")
+    for table in section.all("table", "rollouts"):
+        assert [row.all("td")[0].text for row in table.all("tr")[1:]] == ["0", "20", "40"]
+    said = {(r["video_id"], r["answer1"]) for r in trained}
+    shown = section.all("details")[0]
+    video = shown.all("small")[0].text.split(" / ")[0]
+    last = shown.all("tr")[-1].all("p", "said")[0].text
+    assert (video, last) in said
+
+
+# ---- Several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_in_the_papers_panels(folder, small, tmp_path):
+    other = shutil.copytree(small, tmp_path / "runs" / "first try")  # the name of the other one's folder
+    write_lines(other / "metrics.jsonl", [{"step": s, "reward/format": 0.5, "rollout/turns": 1.5} for s in (1, 2)])
+    for run, rate in ((folder, 0.1), (other, 0.2)):
+        config = {"learner": {"learning_rate": rate, "kl": ATTACK}, "run": {"dir": str(run), "seed": 7}}
+        write_json(run / "run.json", {**json.loads((run / "run.json").read_text()), "config": config})
+    write_lines(other / "evaluation.jsonl", [{"step": 5, **TRAINED, "jf": 80.0}, {"step": 9, **TRAINED}])
+    path = write_comparison([folder, other])
+    assert path == folder.parent / "comparison.html"
+    page = Page(path.read_text(encoding="utf-8")).root
+    names = [f"{folder.parent.name}/first try", "runs/first try"]
+    results, settings = page.all("table")
+    rows = [[cell.text for cell in row.children if isinstance(cell, Node)] for row in results.all("tr")[1:]]
+    assert [row[:5] for row in rows] == [
+        [names[0], "25.3", "56.3", "56.3", "60"],
+        [names[1], "25.3", "56.3", "80.0", "2"],  # the base from its summary
+    ]
+    rows = [[cell.text for cell in row.children if isinstance(cell, Node)] for row in settings.all("tr")]
+    assert rows == [["Field", *names], ["learner.learning_rate", "0.1", "0.2"]]
+    figures = {node.all("b")[0].text: node for node in page.all("figure", "curve")}
+    assert list(figures)[:6] == [
+        "Format reward", "Temporal reward", "Spatial reward", "Response length", "Total reward", "Turns"
+    ]  # fmt: skip
+    for title, there in (("Format reward", names), ("Turns", names), ("Temporal reward", names[:1])):
+        assert [key.text for key in figures[title].all("span", "key")] == there
+    _check_inert(page)
+
+
+def test_a_run_is_not_compared_with_itself(small):
+    with pytest.raises(InputError, match="given twice"):
+        write_comparison([small, small / ".." / small.name])
 
 
 # ---- Chains ----------------------------------------------------------------------------------------------------------
@@ -556,5 +618,5 @@ def test_an_old_report_stays_until_the_new_one_is_complete(small, monkeypatch):
 
 
 def test_main_prints_the_path(small, capsys):
-    main(str(small))
+    main([str(small)])
     assert capsys.readouterr().out == f"{small / 'report.html'}\n"

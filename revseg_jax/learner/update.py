@@ -28,12 +28,15 @@ class TrainState(NamedTuple):
       optimizer: optax state
       step: int32 scalar, training steps done
       critic: PPO's critic, its parameters and their optax state; empty without one
+      bad_steps: int32 scalar, how many of the last steps, in a row, left out an update because a loss or gradient was
+        not finite
     """
 
     trained: Any
     optimizer: Any
     step: jax.Array
-    critic: Any = ()
+    critic: Any
+    bad_steps: jax.Array
 
 
 def make_optimizer(config: LearnerConfig, learning_rate: float) -> optax.GradientTransformation:
@@ -63,7 +66,7 @@ class Learner:
         if self.config.algorithm == "ppo":
             parameters = init_critic(self.config.ppo.critic, trained, trained["text"]["embedding"][...].shape[-1])
             critic = (parameters, jax.jit(self.critic_optimizer.init)(parameters))
-        return TrainState(trained, jax.jit(self.optimizer.init)(trained), jnp.int32(0), critic)
+        return TrainState(trained, jax.jit(self.optimizer.init)(trained), jnp.int32(0), critic, jnp.int32(0))
 
     def score(self, state: TrainState, reference: Any, frozen: Any, batch: RolloutBatch) -> Scores:
         """What the models say about the sampled tokens. reference: like `state.trained`; not used when `kl` is off."""
@@ -100,7 +103,8 @@ class Learner:
     def update(self, state: TrainState, frozen: Any, experience: Experience) -> tuple[TrainState, dict[str, jax.Array]]:
         """A training step: `epochs` passes over the rollouts, each of `minibatches` optimiser steps on whole groups.
 
-        Returns the new state and scalar metrics, means over the optimiser steps; `logprob_gap` is the largest
+        An optimiser step whose loss or gradient is not finite changes nothing. Returns the new state and scalar
+        metrics, means over the optimiser steps, but for `skipped_updates`, their sum, and `logprob_gap`, the largest
         difference between sampler and trainer, seen before the first of them.
         """
         minibatches = split(experience, self.config.minibatches)
@@ -109,9 +113,11 @@ class Learner:
             return jax.lax.scan(lambda state, part: self._optimizer_step(state, frozen, part), state, minibatches)
 
         state, metrics = jax.lax.scan(epoch, state, length=self.config.epochs)
-        gap = metrics.pop("logprob_gap")[0, 0]
-        metrics = {name: value.mean() for name, value in metrics.items()} | {"logprob_gap": gap}
-        return state._replace(step=state.step + 1), metrics
+        gap, skipped = metrics.pop("logprob_gap")[0, 0], metrics.pop("skipped_updates").sum()
+        metrics = {name: value.mean() for name, value in metrics.items()}
+        metrics |= {"logprob_gap": gap, "skipped_updates": skipped}
+        bad_steps = jnp.where(skipped > 0, state.bad_steps + 1, 0)
+        return state._replace(step=state.step + 1, bad_steps=bad_steps), metrics
 
     def _optimizer_step(
         self, state: TrainState, frozen: Any, experience: Experience
@@ -127,16 +133,22 @@ class Learner:
 
         parts = split((experience, weights), self._microbatches(generated))
         gradients, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, parameters), parts)
-        gap = metrics.pop("logprob_gap").max()
-        metrics = {name: value.sum() / (1.0 if name == "loss" else weights.sum()) for name, value in metrics.items()}
+        gap, tokens = metrics.pop("logprob_gap").max(), jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+        metrics = {name: value.sum() / (1.0 if name == "loss" else tokens) for name, value in metrics.items()}
         metrics |= {"logprob_gap": gap, "gradient_norm": optax.tree.norm(gradients[0])}
 
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
+        state = jax.lax.cond(finite, self._apply, lambda state, _: state, state, gradients)
+        return state, metrics | {"skipped_updates": 1 - finite.astype(jnp.int32)}
+
+    def _apply(self, state: TrainState, gradients: tuple[Any, Any]) -> TrainState:
+        """An optimiser step. gradients: of the policy's parameters and of the critic's."""
         updates, optimizer = self.optimizer.update(gradients[0], state.optimizer, state.trained)
         trained, critic = optax.apply_updates(state.trained, updates), state.critic
         if critic:
             updates, critic_optimizer = self.critic_optimizer.update(gradients[1], critic[1], critic[0])
             critic = (optax.apply_updates(critic[0], updates), critic_optimizer)
-        return TrainState(trained, optimizer, state.step, critic), metrics
+        return state._replace(trained=trained, optimizer=optimizer, critic=critic)
 
     def loss(
         self, parameters: tuple[Any, Any], frozen: Any, experience: Experience, weights: jax.Array

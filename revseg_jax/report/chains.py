@@ -14,6 +14,7 @@ from revseg_jax.report.results import number
 from revseg_jax.report.run_files import Record, RunFiles
 
 BEST, TYPICAL, FAILING, WORSE = 2, 2, 2, 1  # clips shown of each sort
+CHANGES, TIMES = 3, 6  # chains shown at several evaluations, and at how many
 FAILING_BELOW, WORSE_BY = 0.5, 0.1  # in J&F, 0-1
 LONGEST_TEXT = 4000  # characters of a prompt or an answer
 TAGS = re.compile(r"(</?(?:think|answer)>)")
@@ -175,6 +176,34 @@ def _shortened(text: str) -> str:
 
 def _count_pads(match: re.Match) -> str:
     return f"{match[1]}×{len(match[0]) // len(match[1])}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One held-out chain at the evaluations of a run: (step, J&F 0-100 or None, its turns, its record) each."""
+
+    record: Record
+    times: list[tuple[int, float | None, list[list[tuple[str, str]]], Record]]
+
+
+def changes(evaluated: list[tuple[int, list[Record]]]) -> list[Change]:
+    """The chains whose J&F changed most, at up to TIMES evaluations, the first and the last among them."""
+    if len(evaluated) < 2:
+        return []
+    kept = [evaluated[n] for n in np.unique(np.linspace(0, len(evaluated) - 1, TIMES).round().astype(int))]
+    chains: dict[tuple, list[tuple[int, Record]]] = {}
+    for step, records in kept:
+        for record in records:
+            chains.setdefault((record.get("video_id"), record.get("expression_id")), []).append((step, record))
+
+    def spread(chain: list[tuple[int, Record]]) -> float:
+        return float(np.std([_score(record) for _, record in chain]))
+
+    most = sorted(chains.values(), key=spread, reverse=True)[:CHANGES]
+    return [
+        Change(chain[0][1], [(step, (side := _side("", record)).jf, side.turns, record) for step, record in chain])
+        for chain in most
+    ]
 
 
 def group_of(records: list[Record]) -> list[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -61,24 +62,31 @@ class Curve:
     note: str
 
 
-REWARDS = (
-    Panel("Total reward", (("reward/total", ""),)),
+PAPER = (  # the six panels of the training curves in arXiv 2512.02835, in their order
     Panel("Format reward", (("reward/format", ""),), (0, 1)),
     Panel("Temporal reward", (("reward/temporal", ""),), (0, 1)),
     Panel("Spatial reward", (("reward/spatial", ""),), (0, 1)),
-    Panel("Mask reward", (("reward/mask", ""),), (0, 1)),
+    Panel("Response length", (("rollout/tokens", ""),), note="tokens of both turns"),
+    Panel("Total reward", (("reward/total", ""),)),
+    Panel("Turns", (("rollout/turns", ""),), (1, 2)),
 )
+MASK = Panel("Mask reward", (("reward/mask", ""),), (0, 1))
 HELD_OUT = Panel("Held-out J&F", (("jf", ""),), (0, 100), "greedy answers")
 TRAINING = (
-    Panel("Tokens per chain", (("rollout/tokens", ""),)),
-    Panel("Turns per chain", (("rollout/turns", ""),), (1, 2)),
     Panel("Entropy, nats per token", (("learner/entropy", ""),)),
     Panel("KL to the reference", (("learner/kl", ""),)),
     Panel("Gradient norm", (("learner/gradient_norm", ""),)),
     Panel("Loss", (("learner/loss", ""),)),
+    Panel("Clip fraction", (("learner/clip_fraction", ""),)),
     Panel(
         "Shares",
-        (("reward/groups_without_spread", "groups without spread"), ("rollout/truncated", "answers cut off")),
+        (
+            ("failures/any", "failed chains"),
+            ("rollout/truncated", "answers cut off"),
+            ("reward/groups_without_spread", "groups without spread"),
+            ("rollout/wasted_decode_steps", "wasted decoding"),
+            ("rollout/padding", "padding"),
+        ),
         (0, 1),
     ),
     Panel("Log-prob gap", (("rollout/logprob_gap", ""),), note="between sampler and learner"),
@@ -92,14 +100,31 @@ TRAINING = (
             ("seconds/data", "data"),
         ),
     ),
+    Panel("Tokens per second", (("speed/tokens_per_second", ""),), note="sampled ones, over the whole step"),
+    Panel("Peak memory, GiB", (("memory/host_gib", "host"), ("memory/device_gib", "fullest device"))),
 )
+COMPARED = (*PAPER, MASK, *TRAINING[:3])
 
 
 def curves(metrics: list[Record], evaluations: list[Record]) -> tuple[list[Curve], list[Curve]]:
-    """(held-out J&F and rewards, everything else); panels without any number are left out."""
-    rewards = [_curve(HELD_OUT, evaluations, every_point=True)] + [_curve(panel, metrics) for panel in REWARDS]
-    training = [_curve(panel, metrics) for panel in TRAINING]
+    """(the paper's panels, mask reward and held-out J&F; everything else); panels without any number are left out."""
+
+    def curve(panel: Panel, records: list[Record], every_point: bool = False) -> Curve | None:
+        return _curve(panel, [(name, records, key) for key, name in panel.series], every_point)
+
+    rewards = [curve(panel, metrics) for panel in (*PAPER, MASK)] + [curve(HELD_OUT, evaluations, every_point=True)]
+    training = [curve(panel, metrics) for panel in TRAINING]
     return [curve for curve in rewards if curve], [curve for curve in training if curve]
+
+
+def compared(runs: Mapping[str, tuple[list[Record], list[Record]]]) -> list[Curve]:
+    """Panels with a line for each run; runs: (metrics, evaluations) by the run's name."""
+
+    def curve(panel: Panel, which: int, every_point: bool = False) -> Curve | None:
+        return _curve(panel, [(name, files[which], panel.series[0][0]) for name, files in runs.items()], every_point)
+
+    panels = [curve(panel, 0) for panel in COMPARED] + [curve(HELD_OUT, 1, every_point=True)]
+    return [curve for curve in panels if curve]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -110,13 +135,15 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return weights @ values / weights.sum(1)
 
 
-def _curve(panel: Panel, records: list[Record], every_point: bool = False) -> Curve | None:
-    """every_point: few exact numbers, joined and marked; else many noisy ones, smoothed, the raw ones faint behind."""
+def _curve(panel: Panel, lines: Sequence[tuple[str, list[Record], str]], every_point: bool) -> Curve | None:
+    """lines: (name, records, key of the metric) each. every_point: few exact numbers, joined and marked; else many
+    noisy ones, smoothed, the raw ones faint behind."""
     note, slow, legend, summary = panel.note, [], [], []
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(3.6, 1.9), layout="constrained")
         axes = figure.add_subplot()
-        for index, (key, name) in enumerate(panel.series):
+        for index, (name, records, key) in enumerate(lines):
+            colour = SERIES[index % len(SERIES)]
             steps, values = _points(records, key)
             if len(values) and key.startswith("seconds/"):
                 usual = values <= OUTLIER * max(np.median(values), 0.01)
@@ -128,10 +155,10 @@ def _curve(panel: Panel, records: list[Record], every_point: bool = False) -> Cu
                 steps, values = _thin(steps), _thin(values)
             line = values if every_point else smooth(values)
             if not every_point:
-                axes.plot(steps, values, color=SERIES[index], linewidth=0.7, alpha=0.35)
+                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
             marker = {"marker": "o", "markersize": 4} if every_point or len(values) == 1 else {}
-            axes.plot(steps, line, color=SERIES[index], linewidth=1.6, **marker)
-            legend.append((name, index))
+            axes.plot(steps, line, color=colour, linewidth=1.6, **marker)
+            legend.append((name, index % len(SERIES)))
             summary.append(f"{name} {_short(line[0])} → {_short(line[-1])}".strip())
         if not legend:
             return None
@@ -146,7 +173,7 @@ def _curve(panel: Panel, records: list[Record], every_point: bool = False) -> Cu
             axes.set_yticks(np.linspace(low, high, 3))
             axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
         svg = _svg(figure)
-    return Curve(panel.title, svg, ", ".join(summary), legend if len(panel.series) > 1 else [], note)
+    return Curve(panel.title, svg, ", ".join(summary), legend if len(lines) > 1 else [], note)
 
 
 def _points(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -47,9 +47,16 @@ def number(value: Any) -> float | None:
 
 
 def before_and_after(run: RunFiles) -> tuple[Record, Record]:
-    """The first evaluation of the base and the last of the trained policy; from the summary when there is none."""
-    base = next((record for record in run.evaluations if record.get("label") == "base"), None)
-    trained = next((record for record in reversed(run.evaluations) if record.get("label") == "trained"), None)
+    """The first evaluation of the base and the last of the trained policy; from the summary when there is none.
+
+    Evaluations that training makes on its schedule have no label: that of step 0 is the base's.
+    """
+
+    def label(record: Record) -> str:
+        return record.get("label") or ("trained" if record.get("step") else "base")
+
+    base = next((record for record in run.evaluations if label(record) == "base"), None)
+    trained = next((record for record in reversed(run.evaluations) if label(record) == "trained"), None)
     return tuple(found or _from_summary(run.summary, label) for label, found in (("base", base), ("trained", trained)))
 
 

@@ -25,7 +25,8 @@ class RunFiles:
       metrics: one record a training step, steps ascending; of a step taken twice (a resumed run) the later record
       evaluations: one record an evaluation on held-out clips, in the order they were made
       summary: summary.json of the demo
-      base, trained: traces of the held-out chains before and after training
+      base, trained: traces of the held-out chains before and after training, or after its last evaluation
+      evaluated: (step, traces of the held-out chains) of every evaluation during training, steps ascending
       first_step, last_step: traces of the first and of the last training step that has any
     """
 
@@ -37,6 +38,7 @@ class RunFiles:
     summary: Record
     base: list[Record]
     trained: list[Record]
+    evaluated: list[tuple[int, list[Record]]]
     first_step: list[Record]
     last_step: list[Record]
 
@@ -49,6 +51,7 @@ def read_run(run_dir: Path) -> RunFiles:
         raise InputError(f"{run_dir} is not a run folder: it holds none of {', '.join(KNOWN)}")
     traces = run_dir / "traces"
     steps = sorted(traces.glob("step_*.jsonl"))
+    evaluated = [(int(path.stem[5:]), _lines(path)) for path in sorted(traces.glob("eval_[0-9]*.jsonl"))]
     by_step = {record.get("step"): record for record in _lines(run_dir / "metrics.jsonl")}
     return RunFiles(
         name=run_dir.resolve().name,
@@ -57,8 +60,9 @@ def read_run(run_dir: Path) -> RunFiles:
         metrics=[by_step[step] for step in sorted(step for step in by_step if isinstance(step, int))],
         evaluations=_lines(run_dir / "evaluation.jsonl"),
         summary=_object(run_dir / "summary.json"),
-        base=_lines(traces / "eval_base.jsonl"),
-        trained=_lines(traces / "eval_trained.jsonl"),
+        base=_lines(traces / "eval_base.jsonl") or next((chains for step, chains in evaluated if step == 0), []),
+        trained=_lines(traces / "eval_trained.jsonl") or next((c for step, c in reversed(evaluated) if step > 0), []),
+        evaluated=evaluated,
         first_step=_lines(steps[0]) if len(steps) > 1 else [],
         last_step=_lines(steps[-1]) if steps else [],
     )

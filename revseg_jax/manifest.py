@@ -1,0 +1,94 @@
+"""What a run was made of and on: the content of run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from revseg_jax.config import Config
+from revseg_jax.parallel.mesh import make_mesh
+
+PACKAGES = (
+    "revseg-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array_record",
+    "tensorflow-datasets",
+    "numpy",
+    "pillow",
+    "scipy",
+    "transformers",
+    "tokenizers",
+    "torch",
+    "sam2",
+)
+CONDITIONS = ("versions", "platform", "device_kinds", "processes", "mesh", "flags")  # what may change the bits
+
+
+def manifest(config: Config, fingerprints: list[str]) -> dict[str, Any]:
+    """JSON-ready. fingerprints: of the folders of `data.train`."""
+    devices = jax.devices()
+    return {
+        "command": sys.argv,
+        "seed": config.run.seed,
+        # Every draw has a name: the seed, and what it is for.
+        "seeds": {
+            "data": f"{config.run.seed} > epoch (a mixture: + folder) > shuffle",
+            "rollouts": f"{config.run.seed} > step > prompt > sample > token",
+        },
+        "config": dataclasses.asdict(config),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "devices": [str(device) for device in devices],
+        "device_kinds": sorted({device.device_kind for device in devices}),
+        "processes": jax.process_count(),
+        "mesh": dict(make_mesh(config.mesh).shape),
+        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
+        "data_fingerprints": fingerprints,
+        "git": _git_revision(),
+    }
+
+
+def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what is otherwise than at another start of the same run and may change its bits."""
+    differences = []
+    for name in CONDITIONS:
+        old, new = before.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            pairs = [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
+            differences += [f"{name} {key} {b} instead of {a}" for key, a, b in pairs if a != b]
+        elif old is not None and old != new:
+            differences.append(f"{name} {new} instead of {old}")
+    return differences
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Revision of the checkout the package runs from, and whether it was clean; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
+    except (OSError, subprocess.CalledProcessError):
+        return None
