@@ -154,6 +154,10 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     config = load(options)
+    if os.environ.get("REVSEG_COORDINATOR"):
+        from revseg_jax.parallel.processes import join
+
+        join(*(os.environ["REVSEG_COORDINATOR"], *(int(os.environ[f"REVSEG_PROCESS_{n}"]) for n in ("COUNT", "ID"))))
     from revseg_jax import train
 
     train.main(config)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -18,19 +17,27 @@ from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
 from revseg_jax.digests import digest, parameter_digest
-from revseg_jax.errors import RunFailure
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.groups import NO_SPREAD, Groups, replace_groups_without_spread, sample_groups
 from revseg_jax.interruption import Interruption, heed_sigterm
 from revseg_jax.learner.experience import make_experience
 from revseg_jax.learner.reference import fetch_reference, store_reference
 from revseg_jax.learner.update import TrainState, make_learner
-from revseg_jax.parallel.mesh import batch_sharding
-from revseg_jax.parallel.sharding import tree_shardings
+from revseg_jax.parallel.processes import (
+    agree,
+    failing_together,
+    gather,
+    leads,
+    mean_over_processes,
+    telling_others,
+)
+from revseg_jax.parallel.rows import check_rows, place_rows, process_share
 from revseg_jax.rewards.total import RolloutReward, weights_from
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run_folder import RunFolder
+from revseg_jax.run_follower import RunFollower
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.tracker.connection import SidecarAway
 from revseg_jax.tracker.process import open_tracker
@@ -43,9 +50,12 @@ def tracker_client(config: Config) -> AbstractContextManager[TrackerClient]:
 
 def main(config: Config) -> None:
     needs_tracker = weights_from(config.rewards).mask > 0
-    with tracker_client(config) if needs_tracker else nullcontext() as client:
+    with failing_together(), tracker_client(config) if needs_tracker else nullcontext() as client:
         state = train(config, load_engine(config), client)
-    print(f"step {int(state.step)} of {config.run.steps}: parameters {parameter_digest(state.trained)}")
+        # Of several processes none has all parameters.
+        known = parameter_digest(state.trained) if jax.process_count() == 1 else "spread over the processes"
+    if leads():
+        print(f"step {int(state.step)} of {config.run.steps}: parameters {known}")
 
 
 def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) -> TrainState:
@@ -55,7 +65,8 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
-    with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints)) as run:
+    open_run = partial(RunFolder, config, source.fingerprints) if leads() else partial(RunFollower, config)
+    with heed_sigterm() as interruption, closing(open_run()) as run, telling_others():
         return run_steps(config, loaded, client, source, run, interruption)
 
 
@@ -64,37 +75,45 @@ def run_steps(
     loaded: LoadedEngine,
     client: TrackerClient | None,
     source: ClipSource,
-    run: RunFolder,
+    run: RunFolder | RunFollower,
     interruption: Interruption,
 ) -> TrainState:
+    check_spread(config, loaded)
+    share = process_share(loaded.placement)
     steps = training_steps(
-        source, config.chain, config.rollout.prompts_per_step, config.run.seed, workers=config.data.workers
+        source, config.chain, config.rollout.prompts_per_step, config.run.seed, *share, workers=config.data.workers
     )
     data = iter(steps)
 
     # ---- State: a fresh one, or the newest checkpoint's -------------------------------------------------------------
-    learner = make_learner(loaded.engine.graphdef, config.learner, loaded.engine.encoder.layout)
+    learner = make_learner(loaded.engine.graphdef, config.learner, loaded.engine.encoder.layout, loaded.placement)
     # The reference is the policy before any update. Updates donate their state, which a shared reference must survive.
     reference = store_reference(config.learner.reference, loaded.trained) if config.learner.kl != "off" else None
-    shared = reference is loaded.trained
-    state = learner.init(jax.tree.map(jnp.copy, loaded.trained) if shared else loaded.trained)
-    state = jax.device_put(state, tree_shardings(state, loaded.mesh))
+    state = learner.init(loaded.trained, donate=reference is not loaded.trained)
     if run.resumes:
         state, iterator = run.restore(state)
         data.set_state(iterator)
-    place = batch_sharding(loaded.mesh)
+    place = partial(place_rows, loaded.placement)
 
     # ---- The loop -------------------------------------------------------------------------------------------------
     first = done = saved = int(state.step)
     away: SidecarAway | None = None
     position = data.get_state()  # behind the last whole step
-    bar = tqdm(range(first, config.run.steps), initial=first, total=config.run.steps, desc="train", unit="step")
+    bar = tqdm(
+        range(first, config.run.steps),
+        initial=first,
+        total=config.run.steps,
+        desc="train",
+        unit="step",
+        disable=not leads(),
+    )
     for step in bar:
         clock = Clock()
         batch: Batch = next(data)
         clock.lap("data")
 
-        sample = partial(sample_groups, config, loaded.engine, (state.trained, loaded.frozen), client, step)
+        weights = loaded.engine.weights((state.trained, loaded.frozen))
+        sample = partial(sample_groups, config, loaded.engine, weights, client, step)
         groups, replaced = sample(batch), 0
         if config.rollout.resample_limit:
             try:
@@ -102,9 +121,10 @@ def run_steps(
             except SidecarAway as error:
                 away = error
                 break
-        rollouts = jax.device_put(groups.rollouts, place)
+        del weights, sample  # the sampler's copy of the parameters makes room
+        rollouts = place(groups.rollouts)
         clock.lap("rollout")
-        if interruption.requested:
+        if agree(interruption.requested):
             break
 
         # What the models say needs no rewards: it is computed while the sidecar works.
@@ -116,40 +136,57 @@ def run_steps(
             rewards = groups.rewards(config)
         except SidecarAway as error:
             away = error
-            break
         clock.lap("reward_wait")
-        if interruption.requested:
+        away = agree(away)
+        if away or agree(interruption.requested):
             break
 
         by_turn = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
+        if config.learner.algorithm == "ppo":
+            by_turn = place(by_turn.astype(np.float32))
         experience = make_experience(config.learner, learner.layout, rollouts, scores, by_turn)
-        state, metrics = learner.update(state, loaded.frozen, jax.device_put(experience, place))
+        state, metrics = learner.update(state, loaded.frozen, place(experience))
         metrics = {f"learner/{name}": float(value) for name, value in metrics.items()}
         clock.lap("update")
         if not np.isfinite(metrics["learner/loss"]):
             raise RunFailure(f"step {step + 1}: the loss is {metrics['learner/loss']}")
 
-        metrics |= step_metrics(groups, rewards) | clock.seconds
+        metrics |= mean_over_processes(step_metrics(groups, rewards)) | clock.seconds
         metrics["reward/wait_fraction"] = clock.seconds["seconds/reward_wait"] / sum(clock.seconds.values())
         metrics["rollout/groups_replaced"] = replaced
         metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
         done, position = step + 1, data.get_state()
-        run.log(done, metrics, step_digests(groups.batch, rollouts, rewards, metrics))
+        run.log(done, metrics, step_digests(groups.batch, groups.rollouts, rewards, metrics))
         bar.set_postfix({name: f"{metrics[f'reward/{name}']:.2f}" for name in ("total", "temporal", "spatial")})
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
-            run.write_traces(f"step_{done:06d}", step_traces(config, groups, rewards, done))
+            records = gather(list(step_traces(config, groups, rewards, done)))
+            run.write_traces(f"step_{done:06d}", (record for part in records for record in part))
         if done % config.run.checkpoint_every == 0 or done == config.run.steps:
             run.checkpoints.save(done, state, position)
             saved = done
-        if interruption.requested:
+        if agree(interruption.requested):
             break
     if done > saved:
         run.checkpoints.save(done, state, position)
     if away is not None:
         raise RunFailure(f"{away}; step {done} is saved, the same command goes on from there")
-    if done < config.run.steps:
+    if done < config.run.steps and leads():
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
+
+
+def check_spread(config: Config, loaded: LoadedEngine) -> None:
+    """Raises InputError for numbers of prompts that the mesh cannot spread evenly."""
+    rollout, learner = config.rollout, config.learner
+    prompts = rollout.prompts_per_step
+    counts = {
+        "rollout.prompts_per_step": prompts,
+        "rollout.prompts_per_batch": rollout.prompts_per_batch or prompts,
+        "learner.prompts_per_microbatch": learner.prompts_per_microbatch or prompts // learner.minibatches,
+    }
+    check_rows(loaded.placement, **counts)
+    if rollout.resample_limit and jax.process_count() > 1:
+        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
 
 
 class Clock:
@@ -186,14 +223,16 @@ def step_metrics(groups: Groups, rewards: list[list[RolloutReward]]) -> dict[str
 def step_digests(
     batch: Batch, rollouts: RolloutBatch, rewards: list[list[RolloutReward]], metrics: dict[str, float]
 ) -> dict[str, str]:
-    """One digest for each of `revseg_jax.digests.STAGES`."""
+    """One digest for each of `revseg_jax.digests.STAGES`, of all processes together."""
     update = {name: value for name, value in metrics.items() if name.startswith("learner/")}
-    return {
+    own = {
         "data": digest([batch.index, batch.video_id, batch.query, batch.frames]),
         "tokens": digest([rollouts.tokens, rollouts.mask]),
         "rewards": digest([rewards]),
         "update": digest([sorted(update.items())]),
     }
+    parts = gather(own)
+    return own if len(parts) == 1 else {name: digest(part[name] for part in parts) for name in own}
 
 
 def step_traces(config: Config, groups: Groups, rewards, step: int) -> Iterator[dict[str, Any]]:
