@@ -120,7 +120,7 @@ class Ours:
             policy = nnx.merge(self.graphdef, params)
             positions = jnp.broadcast_to(self.prefix.shape[1] + jnp.arange(tokens.shape[-1]), (3, *tokens.shape))
             hidden = policy.suffix_hidden(self._prefill(policy), tokens, positions, jnp.ones(tokens.shape, bool))
-            logprobs, entropy = token_logprobs(policy, hidden, tokens, 512)
+            logprobs, entropy = token_logprobs(policy, hidden, tokens, np.arange(1, tokens.shape[-1]), 512)
             advantages = jnp.ones(tokens.shape)
             losses, _ = policy_losses(config, logprobs, entropy, old, old, None, advantages, generated)
             return (losses * weights).sum()

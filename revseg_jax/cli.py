@@ -66,6 +66,15 @@ def parser() -> Parser:
     demo.add_argument("--seed", type=int, default=0)
     configurable(demo, "configs/demo.yaml")
     configurable(command("train", run_train, "Post-train a policy; goes on when the run folder has a checkpoint."))
+    ahead = command("compile", run_compile, "Compile a training step for a TPU pod that need not be there.")
+    ahead.add_argument(
+        "--topology", required=True, help="such as v5p:4x4x4; with mesh.slice=N, of each of the N slices"
+    )
+    ahead.add_argument(
+        "--programs", default="all", help="prefill, decode, turn2, score, update; names with commas between"
+    )
+    ahead.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    configurable(ahead)
     evaluate = command("evaluate", run_evaluate, "Run a policy on benchmarks and score its masks.")
     evaluate.add_argument("--policy", help="checkpoint folder in Hugging Face layout (policy.path)")
     evaluate.add_argument("--tracker", help="SAM2 checkpoint (tracker.checkpoint)")
@@ -164,9 +173,28 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     config = load(options)
+    if os.environ.get("REVSEG_COORDINATOR"):
+        from revseg_jax.parallel.processes import join
+
+        join(*(os.environ["REVSEG_COORDINATOR"], *(int(os.environ[f"REVSEG_PROCESS_{n}"]) for n in ("COUNT", "ID"))))
     from revseg_jax import train
 
     train.main(config)
+
+
+def run_compile(options: argparse.Namespace) -> None:
+    config = load(options, ["run.dir=."])
+    # libtpu asks no metadata server and takes no chip: it only compiles.
+    for name, value in (("JAX_PLATFORMS", "cpu"), ("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        os.environ.setdefault(name, value)
+    from revseg_jax import compile
+    from revseg_jax.compilation.programs import PROGRAMS
+
+    names = list(PROGRAMS) if options.programs == "all" else options.programs.split(",")
+    unknown = [name for name in names if name not in PROGRAMS]
+    if unknown:
+        raise InputError(f"--programs {unknown[0]} is not one of all, {', '.join(PROGRAMS)}")
+    compile.main(config, options.topology, names, options.json)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

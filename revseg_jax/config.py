@@ -149,11 +149,31 @@ class LearnerConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
 
+def _over(*mesh_axes: str) -> list[str]:
+    return field(default_factory=lambda: list(mesh_axes))
+
+
+@dataclass(frozen=True)
+class AxesConfig:
+    """The table of all sharding: over which mesh axes each logical axis is spread. None: every device has it whole."""
+
+    prompts: list[str] = _over("slice", "data", "fsdp")  # of rollouts, activations and KV caches
+    heads: list[str] = _over("tensor")  # of queries: parameters and activations
+    key_heads: list[str] = _over("tensor")  # of keys and values: parameters, activations and KV caches
+    hidden: list[str] = _over("tensor")  # the inner axis of the MLPs
+    vocab: list[str] = _over("tensor")
+    width: list[str] = _over("fsdp")  # of parameters and gradients; a layer is gathered when it is its turn
+    optimizer_width: list[str] = _over("fsdp")  # of the optimiser's moments
+    rollout_width: list[str] = _over()  # of the copy that samples, made once a step in the activations' type
+
+
 @dataclass(frozen=True)
 class MeshConfig:
+    slice: int = 1  # slices of a pod that only the slower network joins
     data: int = 1
     fsdp: int = -1  # -1 takes all the devices that are left
     tensor: int = 1
+    axes: AxesConfig = field(default_factory=AxesConfig)
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,7 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
     path = None  # the one being read
     try:
         tree = OmegaConf.structured(Config)
-        for node in (tree, *tree.values(), tree.learner.ppo):
+        for node in (tree, *tree.values(), tree.learner.ppo, tree.mesh.axes):
             OmegaConf.set_readonly(node, False)  # frozen dataclasses give read-only nodes, and merging writes
         for path in paths:
             tree = OmegaConf.merge(tree, OmegaConf.load(path))

@@ -53,7 +53,9 @@ def sample_groups(
     """Rollouts in parts, so that the sidecar scores one part while the next is being sampled. params: (trained, frozen)
     ones of the policy."""
     keys = rollout_keys(config.run.seed, step, batch.index, config.rollout.group_size)
-    size = config.rollout.prompts_per_batch or len(batch)
+    prompts_per_step = config.rollout.prompts_per_step
+    # Of several processes each has its share of every part.
+    size = len(batch) * (config.rollout.prompts_per_batch or prompts_per_step) // prompts_per_step
     prompts, parts, pending, steps, tokens = prompts_of(batch), [], [], 0, 0
     for begin in range(0, len(batch), size):
         arrays, chains = engine.sample(params, prompts[begin : begin + size], keys[begin : begin + size])

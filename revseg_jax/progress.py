@@ -13,14 +13,21 @@ LINES = 20  # about as many, where stderr is no terminal
 
 
 class Progress:
-    """Of the steps after `first`, up to `steps`."""
+    """Of the steps after `first`, up to `steps`. shown: False for a process that does not lead its run."""
 
-    def __init__(self, first: int, steps: int):
+    def __init__(self, first: int, steps: int, shown: bool = True):
+        self._shown = shown
         self._first, self._steps, self._begin = first, steps, time.monotonic()
         self._every = max(steps // LINES, 1)
         # The time left follows from the last steps: the first one compiles.
         self._bar = tqdm(
-            initial=first, total=steps, desc="train", unit="step", disable=None, smoothing=0.3, dynamic_ncols=True
+            initial=first,
+            total=steps,
+            desc="train",
+            unit="step",
+            disable=None if shown else True,
+            smoothing=0.3,
+            dynamic_ncols=True,
         )
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -29,7 +36,7 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix(rewards, refresh=False)
             self._bar.update()
-        elif step % self._every == 0 or step in (self._first + 1, self._steps):
+        elif self._shown and (step % self._every == 0 or step in (self._first + 1, self._steps)):
             pace = (time.monotonic() - self._begin) / (step - self._first)
             words = ", ".join(f"{name} {value}" for name, value in rewards.items())
             left = pace * (self._steps - step) / 60

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from revseg_jax.config import Config
@@ -17,21 +16,29 @@ from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
 from revseg_jax.determinism import use_deterministic_kernels
 from revseg_jax.digests import digest, parameter_digest
-from revseg_jax.errors import RunFailure
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
 from revseg_jax.interruption import Interrupted, Interruption, heed_sigterm
 from revseg_jax.learner.experience import make_experience
 from revseg_jax.learner.flops import update_flops
 from revseg_jax.learner.reference import fetch_reference, store_reference
 from revseg_jax.learner.update import TrainState, make_learner
-from revseg_jax.parallel.mesh import batch_sharding
-from revseg_jax.parallel.sharding import tree_shardings
+from revseg_jax.parallel.processes import (
+    agree,
+    failing_together,
+    gather,
+    leads,
+    mean_over_processes,
+    telling_others,
+)
+from revseg_jax.parallel.rows import check_rows, place_rows, process_share
 from revseg_jax.progress import Progress
 from revseg_jax.rewards.total import RolloutReward, weights_from
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run_folder import RunFolder
+from revseg_jax.run_follower import RunFollower
 from revseg_jax.scheduled_evaluation import evaluate_when_due, evaluation_due
 from revseg_jax.step_metrics import Clock, Compilations, reward_metrics, rollout_metrics, speed_metrics
 from revseg_jax.tracker.client import TrackerClient
@@ -48,9 +55,12 @@ def main(config: Config) -> None:
     if config.run.deterministic:
         use_deterministic_kernels()
     needs_tracker = weights_from(config.rewards).mask > 0 or config.run.evaluate_every > 0
-    with tracker_client(config) if needs_tracker else nullcontext() as client:
+    with failing_together(), tracker_client(config) if needs_tracker else nullcontext() as client:
         state = train(config, load_engine(config), client)
-    print(f"step {int(state.step)} of {config.run.steps}: parameters {parameter_digest(state.trained)}")
+        # Of several processes none has all parameters.
+        known = parameter_digest(state.trained) if jax.process_count() == 1 else "spread over the processes"
+    if leads():
+        print(f"step {int(state.step)} of {config.run.steps}: parameters {known}")
 
 
 def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) -> TrainState:
@@ -60,7 +70,8 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
-    with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints)) as run:
+    open_run = partial(RunFolder, config, source.fingerprints) if leads() else partial(RunFollower, config)
+    with heed_sigterm() as interruption, closing(open_run()) as run, telling_others():
         return run_steps(config, loaded, client, source, run, interruption)
 
 
@@ -69,31 +80,31 @@ def run_steps(
     loaded: LoadedEngine,
     client: TrackerClient | None,
     source: ClipSource,
-    run: RunFolder,
+    run: RunFolder | RunFollower,
     interruption: Interruption,
 ) -> TrainState:
+    check_spread(config, loaded)
+    share = process_share(loaded.placement)
     steps = training_steps(
-        source, config.chain, config.rollout.prompts_per_step, config.run.seed, workers=config.data.workers
+        source, config.chain, config.rollout.prompts_per_step, config.run.seed, *share, workers=config.data.workers
     )
     data = iter(steps)
 
     # ---- State: a fresh one, or the newest checkpoint's -------------------------------------------------------------
-    learner = make_learner(loaded.engine.graphdef, config.learner, loaded.engine.encoder.layout)
+    learner = make_learner(loaded.engine.graphdef, config.learner, loaded.engine.encoder.layout, loaded.placement)
     # The reference is the policy before any update. Updates donate their state, which a shared reference must survive.
     reference = store_reference(config.learner.reference, loaded.trained) if config.learner.kl != "off" else None
-    shared = reference is loaded.trained
-    state = learner.init(jax.tree.map(jnp.copy, loaded.trained) if shared else loaded.trained)
-    state = jax.device_put(state, tree_shardings(state, loaded.mesh))
+    state = learner.init(loaded.trained, donate=reference is not loaded.trained)
     if run.resumes:
         state, iterator = run.restore(state)
         data.set_state(iterator)
-    place = batch_sharding(loaded.mesh)
+    place = partial(place_rows, loaded.placement)
 
     # ---- The loop -------------------------------------------------------------------------------------------------
     first = done = saved = int(state.step)
     failure: str | None = None
     position = data.get_state()  # behind the last whole step
-    compilations, progress = Compilations(), Progress(first, config.run.steps)
+    compilations, progress = Compilations(), Progress(first, config.run.steps, shown=leads())
     for step in range(first, config.run.steps + 1):
         try:
             with interruption.at_once():  # what it gives up is made up for at the next start
@@ -110,7 +121,8 @@ def run_steps(
         batch: Batch = next(data)
         clock.lap("data")
 
-        sample = partial(sample_groups, config, loaded.engine, (state.trained, loaded.frozen), client, step)
+        weights = loaded.engine.weights((state.trained, loaded.frozen))
+        sample = partial(sample_groups, config, loaded.engine, weights, client, step)
         groups, replaced = sample(batch), 0
         if config.rollout.resample_limit:
             try:
@@ -118,9 +130,10 @@ def run_steps(
             except SidecarAway as error:
                 failure = str(error)
                 break
-        rollouts = jax.device_put(groups.rollouts, place)
+        del weights, sample  # the sampler's copy of the parameters makes room
+        rollouts = place(groups.rollouts)
         clock.lap("rollout")
-        if interruption.requested:
+        if agree(interruption.requested):
             break
 
         # What the models say needs no rewards: it is computed while the sidecar works.
@@ -132,28 +145,32 @@ def run_steps(
             rewards = groups.rewards(config)
         except SidecarAway as error:
             failure = str(error)
-            break
         clock.lap("reward_wait")
-        if interruption.requested:
+        failure = agree(failure)
+        if failure or agree(interruption.requested):
             break
 
         by_turn = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
+        if config.learner.algorithm == "ppo":
+            by_turn = place(by_turn.astype(np.float32))
         experience = make_experience(config.learner, learner.layout, rollouts, scores, by_turn)
-        state, metrics = learner.update(state, loaded.frozen, jax.device_put(experience, place))
+        state, metrics = learner.update(state, loaded.frozen, place(experience))
         metrics = {f"learner/{name}": float(value) for name, value in metrics.items()}
         metrics["learner/bad_steps"] = int(state.bad_steps)
         clock.lap("update")
 
-        flops = update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts)
-        metrics |= reward_metrics(rewards) | rollout_metrics(groups)
-        metrics |= speed_metrics(clock.seconds, groups.tokens, flops, compilations.since_last())
+        processes = jax.process_count()
+        flops = update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts) * processes
+        metrics |= mean_over_processes(reward_metrics(rewards) | rollout_metrics(groups))
+        metrics |= speed_metrics(clock.seconds, groups.tokens * processes, flops, compilations.since_last())
         metrics["rollout/groups_replaced"] = replaced
         metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
         done, position = step + 1, data.get_state()
-        run.log(done, metrics, step_digests(groups.batch, rollouts, rewards, metrics))
+        run.log(done, metrics, step_digests(groups.batch, groups.rollouts, rewards, metrics))
         progress.show(done, metrics)
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
-            run.write_traces(f"step_{done:06d}", step_traces(config, groups, rewards, done))
+            records = gather(list(step_traces(config, groups, rewards, done)))
+            run.write_traces(f"step_{done:06d}", (record for part in records for record in part))
         if done % config.run.checkpoint_every == 0 or done == config.run.steps or evaluation_due(config, done):
             run.checkpoints.save(done, state, position)
             saved = done
@@ -162,29 +179,47 @@ def run_steps(
             failure = f"{int(state.bad_steps)} steps in a row had a loss or gradient that is not finite"
             failure += f" (the last one's batch: {path})"
             break
-        if interruption.requested:
+        if agree(interruption.requested):
             break
     progress.close()
     if done > saved:
         run.checkpoints.save(done, state, position)
     if failure:
         raise RunFailure(f"{failure}; step {done} is saved, the same command goes on from there")
-    if interruption.requested:
+    if agree(interruption.requested) and leads():
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
+
+
+def check_spread(config: Config, loaded: LoadedEngine) -> None:
+    """Raises InputError for numbers of prompts that the mesh cannot spread evenly, and for what needs one process."""
+    rollout, learner = config.rollout, config.learner
+    prompts = rollout.prompts_per_step
+    counts = {
+        "rollout.prompts_per_step": prompts,
+        "rollout.prompts_per_batch": rollout.prompts_per_batch or prompts,
+        "learner.prompts_per_microbatch": learner.prompts_per_microbatch or prompts // learner.minibatches,
+    }
+    check_rows(loaded.placement, **counts)
+    if rollout.resample_limit and jax.process_count() > 1:
+        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
+    if config.run.evaluate_every and jax.process_count() > 1:
+        raise InputError("run.evaluate_every evaluates in one process: with several, evaluate exported checkpoints")
 
 
 def step_digests(
     batch: Batch, rollouts: RolloutBatch, rewards: list[list[RolloutReward]], metrics: dict[str, float]
 ) -> dict[str, str]:
-    """One digest for each of `revseg_jax.digests.STAGES`."""
+    """One digest for each of `revseg_jax.digests.STAGES`, of all processes together."""
     update = {name: value for name, value in metrics.items() if name.startswith("learner/")}
-    return {
+    own = {
         "data": digest([batch.index, batch.video_id, batch.query, batch.frames]),
         "tokens": digest([rollouts.tokens, rollouts.mask]),
         "rewards": digest([rewards]),
         "update": digest([sorted(update.items())]),
     }
+    parts = gather(own)
+    return own if len(parts) == 1 else {name: digest(part[name] for part in parts) for name in own}
 
 
 def step_traces(config: Config, groups: Groups, rewards, step: int) -> Iterator[dict[str, Any]]:

@@ -14,8 +14,8 @@ import pytest
 
 from revseg_jax.errors import InputError
 from revseg_jax.policy import attention as module
-from revseg_jax.policy.attention import AttentionChoice, attention, plain_attention
-from revseg_jax.policy.attention_kernels import splash_attention
+from revseg_jax.policy.attention import AttentionChoice, attention, plain_attention, shared_prefix_attention
+from revseg_jax.policy.attention_kernels import splash_attention, splash_suffix_attention
 
 # rows, slots, heads, key heads, head width
 SHAPES = [(2, 21, 4, 2, 16), (3, 9, 3, 3, 8), (1, 17, 4, 1, 12)]
@@ -106,27 +106,78 @@ def test_the_choice_by_platform(monkeypatch):
     assert len(used) == 1
 
 
+def test_suffix_kernel_equals_plain_attention_over_prefix_and_suffixes():
+    """Output and all gradients, with padding in the prefix, at the end of suffixes and between their turns."""
+    prompts, groups, slots, prefix, heads, key_heads, width = 2, 2, 70, 150, 4, 2, 16
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    query = normal(prompts, groups, slots, heads, width)
+    key, value = (normal(prompts, groups, slots, key_heads, width) for _ in range(2))
+    shared = [normal(prompts, prefix, key_heads, width) for _ in range(2)]
+    real, prefix_real = np.ones((prompts, groups, slots), bool), np.ones((prompts, prefix), bool)
+    real[0, 0, 30:40] = real[1, :, 60:] = False
+    prefix_real[1, 100:] = False
+    causal = np.tril(np.ones((slots, slots), bool)) & real[:, :, None, :]
+    weights = normal(*query.shape) * real[..., None, None]
+
+    def loss(kernel, query, key, value, *shared):
+        if kernel:
+            interpret = jax.default_backend() != "tpu"
+            output = splash_suffix_attention(query, key, value, real, (*shared, prefix_real), interpret)
+        else:
+            output = shared_prefix_attention(query, key, value, causal, (*shared, prefix_real))
+        return jnp.sum(output * weights), output
+
+    results = [
+        jax.value_and_grad(partial(loss, kernel), (0, 1, 2, 3, 4), has_aux=True)(query, key, value, *shared)
+        for kernel in (True, False)
+    ]
+    (ours, our_gradients), (expected, gradients) = (((aux), grads) for ((_, aux), grads) in results)
+    np.testing.assert_allclose(ours[real], expected[real], atol=1e-4)
+    for a, b in zip(our_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 COMPILE = """
 import sys
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from revseg_jax.policy.attention import AttentionChoice, attention
+from jax.sharding import NamedSharding, PartitionSpec as P
+from revseg_jax.config import MeshConfig
+from revseg_jax.parallel.sharding import make_placement
+from revseg_jax.policy.attention import AttentionChoice, attention, suffix_attention
 
-devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)
-mesh = Mesh(devices.reshape(1, -1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-parts, rows = NamedSharding(mesh, P("fsdp", None, "tensor")), NamedSharding(mesh, P("fsdp"))
+devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
+placement = make_placement(MeshConfig(tensor=2), devices)
+parts, rows = (NamedSharding(placement.mesh, P("fsdp", None, *last)) for last in (("tensor",), ()))
 for causal, heads, key_heads, width in ((True, 8, 2, 128), (False, 4, 4, 80)):  # decoder, vision tower
     def step(query, key, value, segments):
         def loss(*parts):
-            output, logsumexp = attention(*parts, segments, causal, AttentionChoice(mesh=mesh))
+            output, logsumexp = attention(*parts, segments, causal, AttentionChoice(placement=placement))
             return output.astype(jnp.float32).sum(), logsumexp
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
-    shapes = [(len(devices.flat) // 2, 1024, n, width) for n in (heads, key_heads, key_heads)]
+    shapes = [(len(devices) // 2, 1024, n, width) for n in (heads, key_heads, key_heads)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parts) for shape in shapes]
     arrays.append(jax.ShapeDtypeStruct(shapes[0][:2], jnp.int32, sharding=rows))
     program = jax.jit(step).lower(*arrays).compile().as_text()
     print(program.count('custom_call_target="tpu_custom_call"'), "all-gather" in program)
+
+def suffixes(query, key, value, prefix_key, prefix_value):
+    def loss(query, key, value, prefix_key, prefix_value):
+        mask = jnp.tril(jnp.ones((300, 300), bool)) & jnp.ones((*query.shape[:3], 1), bool)
+        shared = prefix_key, prefix_value, jnp.ones(prefix_key.shape[:2], bool)
+        choice = AttentionChoice(placement=placement)
+        return suffix_attention(query, key, value, mask, shared, choice).astype(jnp.float32).sum()
+    return jax.grad(loss, (0, 1, 2, 3, 4))(query, key, value, prefix_key, prefix_value)
+
+heads = NamedSharding(placement.mesh, P("fsdp", None, None, "tensor"))
+arrays = [jax.ShapeDtypeStruct((len(devices) // 2, 4, 300, n, 128), jnp.bfloat16, sharding=heads) for n in (8, 2, 2)]
+arrays += [jax.ShapeDtypeStruct((len(devices) // 2, 520, 2, 128), jnp.bfloat16, sharding=parts)] * 2
+program = jax.jit(suffixes).lower(*arrays).compile().as_text()
+print(program.count('custom_call_target="tpu_custom_call"'), "all-gather" in program)
 """
 
 
@@ -140,4 +191,4 @@ def test_splash_compiles_for_tpus(topology):
         [sys.executable, "-c", COMPILE, topology], capture_output=True, text=True, env=environment, cwd=root
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["3", "False"] * 2
+    assert done.stdout.split() == ["3", "False"] * 3

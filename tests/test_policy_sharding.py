@@ -21,8 +21,7 @@ import json, sys
 import jax, numpy as np
 from flax import nnx
 from revseg_jax.config import MeshConfig
-from revseg_jax.parallel.mesh import make_mesh
-from revseg_jax.parallel.sharding import tree_shardings
+from revseg_jax.parallel.sharding import make_placement, tree_shardings
 from revseg_jax.policy import hf_weights, load_policy
 
 folder, sizes, out, process, coordinator = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
@@ -35,10 +34,10 @@ def recorded(weight, tensors, dtype, index=None):
     read.append((".".join(weight.path), part.size))
     return part
 hf_weights.read_weight = recorded
-mesh = make_mesh(MeshConfig(*sizes))
-policy = load_policy(folder, mesh=mesh)
+placement = make_placement(MeshConfig(1, *sizes))
+policy = load_policy(folder, mesh=placement.mesh)
 state = nnx.state(policy.policy, nnx.Param)
-wanted = tree_shardings(state, mesh)
+wanted = tree_shardings(state, placement)
 assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, wanted))
 leaves = {".".join(path): value[...] for path, value in nnx.to_flat_state(state)}
 whole = sum(leaf.size for leaf in leaves.values())

@@ -13,6 +13,7 @@ from revseg_jax.config import LearnerConfig
 from revseg_jax.learner.advantages import turn_advantages
 from revseg_jax.learner.kl import kl_estimate
 from revseg_jax.learner.ppo import generalised_advantages, token_rewards, whiten
+from revseg_jax.parallel.rows import own_rows
 from revseg_jax.rollout.batch import Array, RolloutBatch
 from revseg_jax.rollout.layout import SlotLayout
 
@@ -46,9 +47,10 @@ class Experience(NamedTuple):
 
 
 def make_experience(
-    config: LearnerConfig, layout: SlotLayout, batch: RolloutBatch, scores: Scores, rewards: np.ndarray
+    config: LearnerConfig, layout: SlotLayout, batch: RolloutBatch, scores: Scores, rewards: Array
 ) -> Experience:
-    """rewards: float [B, G, 2], what each turn earned."""
+    """rewards: float [B, G, 2], what each turn earned; grpo's on the host and of this process's prompts (so are the
+    advantages), ppo's of all prompts, as the other arrays are."""
     penalty = None
     if config.kl == "reward":
         estimate = kl_estimate(config.kl_estimator, scores.old_logprobs, scores.reference_logprobs)
@@ -59,8 +61,8 @@ def make_experience(
         )
         return Experience(batch, scores, advantages, returns)
     if penalty is not None:
-        rewards = rewards - np.asarray(penalty) @ np.eye(2)[layout.turns]
-    second = np.asarray(batch.generated)[:, :, layout.turn2_start :].any(-1)
+        rewards = rewards - own_rows(penalty) @ np.eye(2)[layout.turns]
+    second = own_rows(batch.generated)[:, :, layout.turn2_start :].any(-1)
     advantages = turn_advantages(rewards, second, config.advantage, config.credit)[:, :, layout.turns]
     return Experience(batch, scores, advantages, None)
 

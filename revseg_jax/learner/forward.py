@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from revseg_jax.policy.model import Policy, chunked_logprobs
 from revseg_jax.rollout.batch import RolloutBatch
@@ -18,8 +19,15 @@ def suffix_hidden(policy: Policy, batch: RolloutBatch) -> jax.Array:
     return policy.suffix_hidden(prefix, batch.tokens, jnp.moveaxis(batch.positions, 2, 0), batch.mask, images)
 
 
-def token_logprobs(policy: Policy, hidden: jax.Array, tokens: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and entropies float32 [B, G, S] of every suffix token given all before it; slot 0 gets 0."""
-    logprobs, entropy = chunked_logprobs(policy, hidden[:, :, :-1], tokens[:, :, 1:], chunk)
-    first = ((0, 0), (0, 0), (1, 0))
-    return jnp.pad(logprobs, first), jnp.pad(entropy, first)
+def token_logprobs(
+    policy: Policy, hidden: jax.Array, tokens: jax.Array, slots: np.ndarray, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies float32 [B, G, S] of the suffix tokens in `slots`, static, each given all before
+    it; 0 in the other slots, which are not put to the vocabulary at all."""
+    both = chunked_logprobs(policy, hidden[:, :, slots - 1], tokens[:, :, slots], chunk)
+    # Which of the results each slot takes; a gather along slots stays on the device.
+    order = np.full(tokens.shape[-1], len(slots))
+    order[slots] = np.arange(len(slots))
+    last = ((0, 0), (0, 0), (0, 1))
+    logprobs, entropy = (jnp.pad(values, last)[:, :, order] for values in both)
+    return logprobs, entropy

@@ -16,6 +16,7 @@ from revseg_jax.learner.experience import Experience, Scores
 from revseg_jax.learner.forward import suffix_hidden, token_logprobs
 from revseg_jax.learner.losses import policy_losses, token_weights, value_losses
 from revseg_jax.learner.ppo import init_critic, token_values
+from revseg_jax.parallel.sharding import Placement, constrain_tree, tree_shardings
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.layout import SlotLayout
 
@@ -46,9 +47,12 @@ def make_optimizer(config: LearnerConfig, learning_rate: float) -> optax.Gradien
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), adam)
 
 
-def make_learner(graphdef: nnx.GraphDef, config: LearnerConfig, layout: SlotLayout) -> Learner:
+def make_learner(
+    graphdef: nnx.GraphDef, config: LearnerConfig, layout: SlotLayout, placement: Placement | None = None
+) -> Learner:
+    """placement: of the state, as of the policy's activations; None for one device."""
     optimizers = (make_optimizer(config, rate) for rate in (config.learning_rate, config.ppo.learning_rate))
-    return Learner(graphdef, config, layout, *optimizers)
+    return Learner(graphdef, config, layout, *optimizers, placement)
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,38 @@ class Learner:
     layout: SlotLayout
     optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
+    placement: Placement | None
 
-    def init(self, trained: Any) -> TrainState:
+    def init(self, trained: Any, donate: bool = False) -> TrainState:
+        """A state before any step, every array of it made where it belongs. donate: `trained` goes into it, no copy."""
+        shardings = self.shardings(jax.eval_shape(self._init, trained))
+        return jax.jit(self._init, out_shardings=shardings, donate_argnums=0 if donate else ())(trained)
+
+    def shardings(self, state: TrainState) -> TrainState | None:
+        """Where the arrays of a state, or of its shapes, belong; None without a placement."""
+        if self.placement is None:
+            return None
+        moments = self.placement.with_width("optimizer_width")
+        critic = state.critic and (
+            tree_shardings(state.critic[0], self.placement),
+            tree_shardings(state.critic[1], moments),
+        )
+        return TrainState(
+            tree_shardings(state.trained, self.placement),
+            tree_shardings(state.optimizer, moments),
+            self.placement.whole,
+            critic,
+            self.placement.whole,
+        )
+
+    def _init(self, trained: Any) -> TrainState:
         critic = ()
         if self.config.algorithm == "ppo":
             parameters = init_critic(self.config.ppo.critic, trained, trained["text"]["embedding"][...].shape[-1])
-            critic = (parameters, jax.jit(self.critic_optimizer.init)(parameters))
-        return TrainState(trained, jax.jit(self.optimizer.init)(trained), jnp.int32(0), critic, jnp.int32(0))
+            critic = (parameters, self.critic_optimizer.init(parameters))
+        # A copy, because jit would hand back the caller's own arrays, which the first update would then take away.
+        trained = jax.tree.map(jnp.copy, trained)
+        return TrainState(trained, self.optimizer.init(trained), jnp.int32(0), critic, jnp.int32(0))
 
     def score(self, state: TrainState, reference: Any, frozen: Any, batch: RolloutBatch) -> Scores:
         """What the models say about the sampled tokens. reference: like `state.trained`; not used when `kl` is off."""
@@ -84,7 +113,7 @@ class Learner:
 
         def of_part(part: RolloutBatch) -> jax.Array:
             policy = nnx.merge(self.graphdef, trained, frozen)
-            return token_logprobs(policy, suffix_hidden(policy, part), part.tokens, self.config.logprob_chunk)[0]
+            return self._token_logprobs(policy, suffix_hidden(policy, part), part)[0]
 
         return join(jax.lax.map(of_part, split(batch, self._microbatches(batch))))
 
@@ -113,6 +142,8 @@ class Learner:
             return jax.lax.scan(lambda state, part: self._optimizer_step(state, frozen, part), state, minibatches)
 
         state, metrics = jax.lax.scan(epoch, state, length=self.config.epochs)
+        if self.placement is not None:
+            state = jax.lax.with_sharding_constraint(state, self.shardings(state))
         gap, skipped = metrics.pop("logprob_gap")[0, 0], metrics.pop("skipped_updates").sum()
         metrics = {name: value.mean() for name, value in metrics.items()}
         metrics |= {"logprob_gap": gap, "skipped_updates": skipped}
@@ -129,7 +160,7 @@ class Learner:
 
         def accumulate(total, part):
             (_, metrics), gradients = jax.value_and_grad(self.loss, has_aux=True)(parameters, frozen, *part)
-            return jax.tree.map(jnp.add, total, gradients), metrics
+            return constrain_tree(self.placement, jax.tree.map(jnp.add, total, gradients)), metrics
 
         parts = split((experience, weights), self._microbatches(generated))
         gradients, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, parameters), parts)
@@ -159,7 +190,7 @@ class Learner:
         trained, critic = parameters
         policy = nnx.merge(self.graphdef, trained, frozen)
         hidden = suffix_hidden(policy, batch)
-        logprobs, entropy = token_logprobs(policy, hidden, batch.tokens, config.logprob_chunk)
+        logprobs, entropy = self._token_logprobs(policy, hidden, batch)
         losses, metrics = policy_losses(
             config,
             logprobs,
@@ -183,6 +214,9 @@ class Learner:
             loss = loss + config.ppo.value_coefficient * metrics["value_loss"]
         metrics["logprob_gap"] = (jnp.abs(logprobs - batch.logprobs) * batch.generated).max()
         return loss, metrics
+
+    def _token_logprobs(self, policy: nnx.Module, hidden: jax.Array, batch: RolloutBatch):
+        return token_logprobs(policy, hidden, batch.tokens, self.layout.sampled, self.config.logprob_chunk)
 
     def _microbatches(self, like: RolloutBatch | jax.Array) -> int:
         """Into how many parts the prompts go, one part being in memory at a time."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from revseg_jax.errors import InputError
-from revseg_jax.parallel.mesh import BATCH_AXES
-from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attention
+from revseg_jax.parallel.sharding import Placement
+from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attention, splash_suffix_attention
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SHORT = 256  # slots; below it no kernel is chosen
@@ -24,11 +23,11 @@ MASKED = -1e30  # finite, so that rows without any visible key stay finite (they
 class AttentionChoice:
     """Attributes:
     implementation: "auto" chooses by platform, type and length; or "xla", "cudnn", "splash"
-    mesh: that the rows and heads are spread over; splash needs it on several devices
+    placement: how rows and heads are spread over the devices; splash needs it on several of them
     """
 
     implementation: str = "auto"
-    mesh: Mesh | None = None
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         if self.implementation not in ("auto", *IMPLEMENTATIONS):
@@ -38,12 +37,13 @@ class AttentionChoice:
         """ "xla" unless a kernel is known to take it. Windows of a few slots are batched matmuls, best left to XLA."""
         if self.implementation != "auto":
             return self.implementation
-        platform = self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
+        placement = self.placement
+        platform = placement.mesh.devices.flat[0].platform if placement is not None else jax.default_backend()
         if length < SHORT:
             return "xla"
         if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
             return "cudnn" if length % 2 == 0 else "xla"  # no gradient for odd lengths
-        if platform == "tpu" and (self.mesh is not None or jax.device_count() == 1):
+        if platform == "tpu" and (placement is not None or jax.device_count() == 1):
             return "splash"
         return "xla"
 
@@ -68,9 +68,39 @@ def attention(
     run = {"xla": plain_attention, "cudnn": cudnn_attention, "splash": splash_attention}[
         choice.resolve(query.dtype, query.shape[1], query.shape[3])
     ]
-    if run is splash_attention and choice.mesh is not None:
-        run = on_mesh(run, choice.mesh, rows=len(query), key_heads=key.shape[2])
+    if run is splash_attention and choice.placement is not None:
+        run = on_mesh(run, choice.placement, rows=len(query), key_heads=key.shape[2])
     return run(query, key, value, segments, causal)
+
+
+def suffix_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
+    choice: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
+) -> jax.Array:
+    """`shared_prefix_attention` of whole suffixes, by a kernel where there is one that never holds the scores.
+
+    mask bool [B, G, S, S] is causal: a query sees the real slots up to its own. Results at padding mean nothing.
+    """
+    if choice.resolve(query.dtype, query.shape[2], query.shape[4]) != "splash":
+        return shared_prefix_attention(query, key, value, mask, prefix)
+    real = jnp.diagonal(mask, axis1=-2, axis2=-1)
+    if choice.placement is None:
+        return splash_suffix_attention(query, key, value, real, prefix)
+    table = choice.placement
+    rows = table.spec((len(query),), "prompts")[0]
+    heads = table.spec((key.shape[3],), "key_heads")[0]
+    suffix, shared = PartitionSpec(rows, None, None, heads), PartitionSpec(rows, None, heads)
+    return jax.shard_map(
+        splash_suffix_attention,
+        mesh=table.mesh,
+        in_specs=(suffix, suffix, suffix, PartitionSpec(rows), (shared, shared, PartitionSpec(rows))),
+        out_specs=suffix,
+        check_vma=False,  # Pallas calls do not say how their results vary over the mesh
+    )(query, key, value, real, prefix)
 
 
 # Scores and weights are computed again in the backward pass: keeping them takes memory, and more time than it saves.
@@ -92,17 +122,15 @@ def plain_attention(
     return mixed.reshape(query.shape), logsumexp.reshape(query.shape[:3])
 
 
-def on_mesh(run: Callable, mesh: Mesh, rows: int, key_heads: int) -> Callable:
+def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> Callable:
     """`run` on every device's own rows and heads: a Pallas kernel that the compiler could not partition by itself."""
-    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
-    batch = BATCH_AXES if rows % parts == 0 else None
-    tensor = "tensor" if key_heads % mesh.shape["tensor"] == 0 else None
+    batch, tensor = placement.spec((rows, key_heads), "prompts", "key_heads")
     heads = PartitionSpec(batch, None, tensor, None)
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool):
         return jax.shard_map(
             lambda *parts: run(*parts, causal),
-            mesh=mesh,
+            mesh=placement.mesh,
             in_specs=(heads, heads, heads, PartitionSpec(batch, None)),
             out_specs=(heads, PartitionSpec(batch, None, tensor)),
             check_vma=False,  # Pallas calls do not say how their results vary over the mesh

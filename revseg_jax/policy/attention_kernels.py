@@ -6,12 +6,15 @@ under jit the one that nobody reads is dropped.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LANES = 128  # splash works in blocks of this many slots
+LONG = 512  # slots above which rows are padded to larger blocks
 
 
 def cudnn_attention(
@@ -31,16 +34,11 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, and only TPUs need it
 
     length, heads, width = query.shape[1:]
-    padded = -(-length // LANES) * LANES
+    padded = padded_length(length)
     query = query * width**-0.5
     query, key, value = (jnp.pad(part, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for part in (query, key, value))
     segments = jnp.pad(segments, ((0, 0), (0, padded - length)), constant_values=-1)
-    block = next(size for size in (512, 256, LANES) if padded % size == 0)
-    blocks = splash.BlockSizes(
-        **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block),
-        **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block),
-        use_fused_bwd_kernel=True,
-    )
+    blocks = _blocks(padded)
     mask = (splash.CausalMask if causal else splash.FullMask)((padded, padded))
 
     def run(with_logsumexp: bool):
@@ -62,3 +60,89 @@ def splash_attention(
     output = run(False)(*parts, segments).swapaxes(1, 2)
     _, (logsumexp,) = run(True)(*map(jax.lax.stop_gradient, parts), segments)
     return output[:, :length], logsumexp.swapaxes(1, 2)[:, :length]
+
+
+def splash_suffix_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    real: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of G whole suffixes over their shared prefix and causally over themselves, on one device.
+
+    query [B, G, S, H, D]; key, value [B, G, S, K, D]; real bool [B, G, S]; prefix: key, value [B, P, K, D] and mask
+    bool [B, P]. Returns [B, G, S, H, D]. The keys of a prompt stand in one row, prefix and then suffix after suffix,
+    under a static mask whose empty blocks (another rollout's slots, later slots of the own) are skipped, forward and
+    backward.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    prompts, groups, length, heads, width = query.shape
+    prefix_key, prefix_value, prefix_real = prefix
+    own, shared = padded_length(length), padded_length(prefix_key.shape[1])
+
+    def suffixes(part: jax.Array) -> jax.Array:
+        padded = jnp.pad(part, ((0, 0), (0, 0), (0, own - length), *[(0, 0)] * (part.ndim - 3)))
+        return padded.reshape(prompts, groups * own, *part.shape[3:])
+
+    def row(prefix_part: jax.Array, part: jax.Array) -> jax.Array:
+        missing = shared - prefix_part.shape[1]
+        padded = jnp.pad(prefix_part, ((0, 0), (0, missing), *[(0, 0)] * (prefix_part.ndim - 2)))
+        return jnp.concatenate([padded.astype(part.dtype), suffixes(part)], axis=1)
+
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([_suffix_mask(shared, own, groups)] * heads),
+        # Fused, the backward kernel would write a whole gradient of the queries for every block of keys.
+        block_sizes=_blocks(math.gcd(own, shared), fused=False),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    # Padding is segment 0. Its queries see at least themselves, so that no row of weights is empty.
+    segments = real.astype(jnp.int32)
+    ids = splash.SegmentIds(suffixes(segments), row(prefix_real.astype(jnp.int32), segments))
+    parts = suffixes(query * width**-0.5), row(prefix_key, key), row(prefix_value, value)
+    output = jax.vmap(kernel)(*(part.swapaxes(1, 2) for part in parts), ids).swapaxes(1, 2)
+    return output.reshape(prompts, groups, own, heads, width)[:, :, :length]
+
+
+def padded_length(length: int) -> int:
+    """Slots that splash computes for so many: whole blocks, larger ones for longer rows."""
+    block = LANES if length <= LONG else 2 * LANES
+    return -(-length // block) * block
+
+
+def _blocks(length: int, fused: bool = True):
+    """Splash's block sizes for rows whose lengths are multiples of `length`."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = next(size for size in (512, 256, LANES) if length % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    names += () if fused else ("block_q_dq", "block_kv_dq")
+    return splash.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=fused)
+
+
+def _suffix_mask(shared: int, own: int, groups: int):
+    """Splash's mask [groups * own, shared + groups * own], written out block by block only."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+    class SuffixMask(splash_attention_mask.Mask):
+        @property
+        def shape(self) -> tuple[int, int]:
+            return groups * own, shared + groups * own
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            query, key = (np.arange(size)[cut] for size, cut in zip(self.shape, index, strict=True))
+            slot = key - shared
+            visible = (slot // own == query[:, None] // own) & (slot <= query[:, None])
+            return visible | (slot < 0)
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, type(self)) and self.shape == other.shape
+
+        def __hash__(self) -> int:
+            return hash((shared, own, groups))
+
+    return SuffixMask()

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from revseg_jax.config import ChainConfig, to_yaml
+from revseg_jax.config import AxesConfig, ChainConfig, to_yaml
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.parallel.sharding import Placement, place
 from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import from_hf, read_config, to_hf
 from revseg_jax.policy.conversation import conversation_logits
@@ -46,7 +47,7 @@ class LoadedPolicy:
     chain: the prompts and sizes it was trained with, from chain.yaml; None when the folder has none
     folder: where it was read from
     stored_dtype: of the weights in its files
-    mesh: that the parameters are spread over
+    placement: of the parameters on the mesh; None without one
     """
 
     policy: Policy
@@ -54,7 +55,7 @@ class LoadedPolicy:
     chain: ChainConfig | None
     folder: Path
     stored_dtype: str
-    mesh: Mesh | None = None
+    placement: Placement | None = None
 
     def logits(
         self,
@@ -74,7 +75,7 @@ class LoadedPolicy:
         images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
         packed = pack(self.policy.config, input_ids, attention_mask, *images, *videos, second_per_grid_ts)
         rows, length = np.shape(input_ids)
-        return conversation_logits(self.policy, packed, self.mesh)[:rows, :length]
+        return conversation_logits(self.policy, packed, self.placement)[:rows, :length]
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_policy` and transformers load, in the type that the weights were stored in."""
@@ -95,12 +96,13 @@ def load_policy(
     remat: str = "none",
     mesh: Mesh | None = None,
     attention: str = "auto",
+    axes: AxesConfig = AxesConfig(),  # noqa: B008 (frozen)
 ) -> LoadedPolicy:
     """Loads a checkpoint folder in Hugging Face layout, or "embedded".
 
     dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16". remat: a name of
     `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices
-    hold. attention: the implementation (see `AttentionChoice`).
+    hold. attention: the implementation (see `AttentionChoice`). axes: how arrays are spread over the mesh.
     Raises InputError that names what is missing or wrong in the folder.
     """
     folder = resolve_folder(folder)
@@ -113,12 +115,13 @@ def load_policy(
     chain = read_chain(folder)
     tokenizer = load_tokenizer(folder)
     # Abstract first: no random parameters are ever made.
-    choice = AttentionChoice(attention, mesh)
+    placement = place(mesh, axes) if mesh is not None else None
+    choice = AttentionChoice(attention, placement)
     policy = nnx.eval_shape(
         lambda: Policy(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat, attention=choice)
     )
-    stored_dtype = load_weights(folder, policy, param_dtype, mesh)
-    return LoadedPolicy(policy, tokenizer, chain, folder, stored_dtype, mesh)
+    stored_dtype = load_weights(folder, policy, param_dtype, placement)
+    return LoadedPolicy(policy, tokenizer, chain, folder, stored_dtype, placement)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

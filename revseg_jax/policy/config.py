@@ -194,3 +194,40 @@ def read_config(folder: str | Path) -> ModelConfig:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     return from_hf(raw, str(path))
+
+
+def _published(width: int, inner: int, layers: int, heads: int, key_heads: int, vision_inner: int) -> ModelConfig:
+    return from_hf(
+        {
+            "model_type": "qwen2_5_vl",
+            "vocab_size": 151936 if width == 2048 else 152064,
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_heads,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": width == 2048,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "image_token_id": 151655,
+            "video_token_id": 151656,
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": vision_inner,
+                "num_heads": 16,
+                "out_hidden_size": width,
+                "patch_size": 14,
+                "tokens_per_second": 2,
+            },
+        }
+    )
+
+
+# The published models' sizes, for what needs no weights. Where there is a checkpoint its own config.json counts.
+PUBLISHED = {
+    "Qwen2.5-VL-3B-Instruct": _published(2048, 11008, 36, 16, 2, 3420),
+    "Qwen2.5-VL-7B-Instruct": _published(3584, 18944, 28, 28, 4, 3420),
+    "Qwen2.5-VL-32B-Instruct": _published(5120, 27648, 64, 40, 8, 3456),
+    "Qwen2.5-VL-72B-Instruct": _published(8192, 29568, 80, 64, 8, 3456),
+}

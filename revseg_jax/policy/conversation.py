@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from revseg_jax.parallel.mesh import BATCH_AXES, replicated
+from revseg_jax.parallel.sharding import Placement
 from revseg_jax.policy.model import Policy
 from revseg_jax.policy.packing import PackedConversations, PackedVision
 
@@ -35,29 +34,23 @@ def hidden_states(policy: Policy, packed: PackedConversations, features: jax.Arr
 encode_jitted = jax.jit(encode)
 
 
-@partial(jax.jit, static_argnames="mesh")
+@partial(jax.jit, static_argnames="placement")
 def logits_jitted(
-    policy: Policy, packed: PackedConversations, features: jax.Array | None, mesh: Mesh | None
+    policy: Policy, packed: PackedConversations, features: jax.Array | None, placement: Placement | None
 ) -> jax.Array:
     logits = policy.text.logits(hidden_states(policy, packed, features))
     # On every device, so that each process of a run on several hosts can read it.
-    return jax.lax.with_sharding_constraint(logits, replicated(mesh)) if mesh is not None else logits
+    return jax.lax.with_sharding_constraint(logits, placement.whole) if placement is not None else logits
 
 
-def conversation_logits(policy: Policy, packed: PackedConversations, mesh: Mesh | None = None) -> np.ndarray:
-    """float32 [B, L, vocab], of the packed sizes. `mesh`: where the policy's parameters are, if not on one device."""
-    features = encode_jitted(policy, spread(packed.vision, mesh)) if packed.vision is not None else None
-    return np.asarray(logits_jitted(policy, spread(packed._replace(vision=None), mesh), features, mesh))
+def conversation_logits(policy: Policy, packed: PackedConversations, placement: Placement | None = None) -> np.ndarray:
+    """float32 [B, L, vocab], of the packed sizes. placement: of the policy's parameters, if not on one device."""
+    features = encode_jitted(policy, spread(packed.vision, placement)) if packed.vision is not None else None
+    return np.asarray(logits_jitted(policy, spread(packed._replace(vision=None), placement), features, placement))
 
 
-def spread(arrays: Any, mesh: Mesh | None) -> Any:
-    """Arrays on the mesh, their first axis over its batch axes where these divide it."""
-    if mesh is None:
+def spread(arrays: Any, placement: Placement | None) -> Any:
+    """Arrays on the mesh, the first axis as the prompts are where that divides. Every process has all of them."""
+    if placement is None:
         return arrays
-    parts = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
-
-    def put(array: np.ndarray) -> jax.Array:
-        spec = PartitionSpec(BATCH_AXES) if len(array) % parts == 0 else PartitionSpec()
-        return jax.device_put(array, NamedSharding(mesh, spec))
-
-    return jax.tree.map(put, arrays)
+    return jax.tree.map(lambda array: jax.device_put(array, placement.sharding(array.shape, "prompts")), arrays)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from revseg_jax.errors import InputError
-from revseg_jax.parallel.sharding import parameter_spec
+from revseg_jax.parallel.sharding import Placement, parameter_spec
 from revseg_jax.policy.model import Policy
 from revseg_jax.policy.safetensors_files import SHARD_BYTES, StoredTensor, open_checkpoint, write_checkpoint
 
@@ -149,12 +149,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32", mesh: Mesh | None = None) -> str:
+def load_weights(
+    folder: str | Path, policy: Policy, param_dtype: str = "float32", placement: Placement | None = None
+) -> str:
     """Fills the policy, whose parameters may be abstract (`nnx.eval_shape`), from a checkpoint folder.
 
     Takes float16, bfloat16 and float32 files, one or several with an index, with the published names or those of
-    transformers 5's modules. With a mesh a process reads the parts that its devices hold, and nothing else. On the host
-    one parameter is held at a time beside the result. Returns the name of the type that holds every stored tensor
+    transformers 5's modules. With a placement a process reads the parts that its devices hold, and nothing else. On the
+    host one parameter is held at a time beside the result. Returns the name of the type that holds every stored tensor
     exactly. Raises one InputError that names every missing, unexpected or wrongly shaped tensor and every missing or
     truncated file.
     """
@@ -177,9 +179,9 @@ def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32
     dtype = np.dtype(jnp.dtype(param_dtype))
 
     def place(weight: Weight) -> jax.Array:
-        if mesh is None:
+        if placement is None:
             return jax.device_put(read_weight(weight, tensors, dtype))
-        spec = parameter_spec(".".join(weight.path), weight.shape, mesh)
+        spec = parameter_spec(".".join(weight.path), weight.shape, placement)
         parts: dict[tuple, np.ndarray] = {}  # devices that hold copies of the same part read it once
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -188,7 +190,7 @@ def load_weights(folder: str | Path, policy: Policy, param_dtype: str = "float32
                 parts[key] = read_weight(weight, tensors, dtype, index)
             return parts[key]
 
-        return jax.make_array_from_callback(weight.shape, NamedSharding(mesh, spec), part)
+        return jax.make_array_from_callback(weight.shape, NamedSharding(placement.mesh, spec), part)
 
     nnx.update(policy, nnx.from_flat_state([(weight.path, nnx.Param(place(weight))) for weight in weights]))
     return str(jnp.result_type(*{tensors[name].dtype for name in wanted}))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from revseg_jax.parallel.sharding import Placement, constrain
 from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.preprocess import patchify
@@ -32,6 +35,11 @@ class Policy(nnx.Module):
         self.vision = VisionTower(config.vision, rngs=rngs, attention=attention)
         self.text = Decoder(config.text, rngs=rngs, attention=attention)
 
+    @property
+    def placement(self) -> Placement | None:
+        """Of the activations; None on one device that needs none."""
+        return self.text.attention.placement
+
     def encode(self, frames: jax.Array) -> jax.Array:
         """frames uint8 [B, N, side, side, 3] -> features [B, tokens, hidden].
 
@@ -45,7 +53,7 @@ class Policy(nnx.Module):
         slices = patches.reshape(-1, *patches.shape[2:])
         patch = self.config.vision.patch_size
         features = self.vision(slices, height // patch, width // patch, remat=self.remat)
-        return features.reshape(prompts, -1, features.shape[-1])
+        return constrain(self.placement, features.reshape(prompts, -1, features.shape[-1]), "prompts")
 
     def embed(self, tokens: jax.Array, features: jax.Array | None = None) -> jax.Array:
         """tokens int32 [..., L] -> [..., L, hidden]; the n-th image or video token takes the n-th of `features`
@@ -94,25 +102,32 @@ class Policy(nnx.Module):
 def chunked_logprobs(policy: Policy, hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and the entropy of its distribution, never holding all logits.
 
-    hidden [..., width] final-normed and targets int32 [...]; both results float32 [...]. `chunk` positions have their
-    vocabulary logits in memory at a time, in the backward pass too (they are recomputed).
+    hidden [B, ..., width] final-normed and targets int32 [B, ...]; both results float32 [B, ...]. `chunk` positions of
+    a device have their vocabulary logits in memory at a time, in the backward pass too (they are recomputed). Every
+    chunk has some positions of all B prompts, so that no device waits for the chunk of another.
     """
-    width = hidden.shape[-1]
-    flat_hidden, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
-    count = flat_targets.shape[0]
-    chunks = -(-count // chunk)
-    padding = chunks * chunk - count
-    flat_hidden = jnp.pad(flat_hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, width)
-    flat_targets = jnp.pad(flat_targets, (0, padding)).reshape(chunks, chunk)
+    prompts, width = hidden.shape[0], hidden.shape[-1]
+    rows, row_targets = hidden.reshape(prompts, -1, width), targets.reshape(prompts, -1)
+    count, placement = row_targets.shape[1], policy.placement
+    parts = math.gcd(placement.parts("prompts"), prompts) if placement is not None else 1
+    positions = max(1, min(count, chunk * parts // prompts))
+    chunks = -(-count // positions)
+    padding = (0, chunks * positions - count)
+    rows = jnp.pad(rows, ((0, 0), padding, (0, 0))).reshape(prompts, chunks, positions, width).swapaxes(0, 1)
+    row_targets = jnp.pad(row_targets, ((0, 0), padding)).reshape(prompts, chunks, positions).swapaxes(0, 1)
 
     @jax.checkpoint
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         chunk_hidden, chunk_targets = inputs
-        logprobs = jax.nn.log_softmax(policy.text.logits(chunk_hidden))
+        logits = policy.text.logits(constrain(placement, chunk_hidden, "prompts"))
+        logprobs = jax.nn.log_softmax(constrain(placement, logits, "prompts", None, "vocab"))
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         # A comparison instead of a gather: it fuses, works on a sharded vocabulary and has no scatter as transpose.
-        chosen = jnp.arange(logprobs.shape[-1]) == chunk_targets[:, None]
+        chosen = jnp.arange(logprobs.shape[-1]) == chunk_targets[..., None]
         return jnp.sum(jnp.where(chosen, logprobs, 0.0), axis=-1), entropy
 
-    logprobs, entropy = jax.lax.map(one_chunk, (flat_hidden, flat_targets))
-    return logprobs.reshape(-1)[:count].reshape(targets.shape), entropy.reshape(-1)[:count].reshape(targets.shape)
+    def joined(array: jax.Array) -> jax.Array:
+        return array.swapaxes(0, 1).reshape(prompts, -1)[:, :count].reshape(targets.shape)
+
+    logprobs, entropy = jax.lax.map(one_chunk, (rows, row_targets))
+    return joined(logprobs), joined(entropy)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from revseg_jax.policy.attention import AttentionChoice, attention, shared_prefix_attention
+from revseg_jax.parallel.sharding import constrain
+from revseg_jax.policy.attention import AttentionChoice, attention, shared_prefix_attention, suffix_attention
 from revseg_jax.policy.config import TextConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
 from revseg_jax.policy.remat import rematerialised
@@ -77,15 +78,17 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32 [...] -> [..., hidden] in `dtype`."""
-        return self.embedding[...].astype(dtype)[tokens]
+        # Rows are looked up where their tokens are, so the table's width comes together first.
+        table = constrain(self.attention.placement, self.embedding[...].astype(dtype), "vocab", None)
+        return constrain(self.attention.placement, table[tokens], "prompts")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-normed hidden [..., width] -> float32 [..., vocab] (float64 for float64 activations)."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         if self.config.tie_word_embeddings:
-            kernel = self.embedding[...].astype(hidden.dtype)
+            kernel = constrain(self.attention.placement, self.embedding[...].astype(hidden.dtype), "vocab", None)
             return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=wide)
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+        kernel = constrain(self.attention.placement, self.lm_head.kernel[...].astype(hidden.dtype), None, "vocab")
         return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=wide)
 
     def prefill(
@@ -110,12 +113,13 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs whole suffixes at once.
 
-        x [B, G, S, width]; positions int32 [3, B, G, S]; mask bool [B, G, S, S], True where a query sees a key.
+        x [B, G, S, width]; positions int32 [3, B, G, S]; mask bool [B, G, S, S], causal: True where a query sees a key,
+        which are the real slots up to its own.
         Returns the final-normed hidden [B, G, S, width] and keys, values [layers, B, G, S, key_heads, head_dim].
         """
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array, shared: tuple) -> jax.Array:
-            return shared_prefix_attention(query, key, value, mask, (*shared, prefix.mask))
+            return suffix_attention(query, key, value, mask, (*shared, prefix.mask), self.attention)
 
         return self._run_layers(x, positions, attend, (prefix.key, prefix.value), remat)
 
@@ -129,6 +133,7 @@ class Decoder(nnx.Module):
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             state, shared_layer = inputs
             module = nnx.merge(graphdef, state)
+            x = constrain(self.attention.placement, x, "prompts")
             query, key, value = module.project(x, cos, sin)
             return module.finish(x, attend(query, key, value, shared_layer)), (key, value)
 

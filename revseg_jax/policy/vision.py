@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from revseg_jax.parallel.sharding import constrain
 from revseg_jax.policy.attention import AttentionChoice, attention
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
@@ -158,6 +159,7 @@ class VisionTower(nnx.Module):
                     return within(1, *parts)
                 return jax.lax.cond(full, partial(within, 1), partial(within, windows), *parts)
 
+            x = constrain(self.attention.placement, x, "prompts")
             return nnx.merge(graphdef, state)(x, cos, sin, attend), None
 
         return jax.lax.scan(rematerialised(block, remat), x, (stacked, jnp.asarray(is_full)))[0]

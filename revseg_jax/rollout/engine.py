@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 
 from revseg_jax.chain.geometry import box_to_original
 from revseg_jax.chain.parsing import Turn1, Turn2, parse_turn1, parse_turn2
 from revseg_jax.data.frames import decode_frame, resize_square
-from revseg_jax.parallel.mesh import batch_sharding
+from revseg_jax.parallel.rows import own_rows, place_rows
+from revseg_jax.parallel.sharding import Placement, constrain, tree_shardings
+from revseg_jax.policy.model import Policy
 from revseg_jax.policy.text import PrefixCache, SuffixCache, empty_suffix_cache
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
@@ -54,35 +56,53 @@ class RolloutEngine:
       graphdef: of the policy whose parameters each call gets (`nnx.split(policy)`)
       encoder: prompts to tokens
       sampling: how tokens are drawn
-      mesh: prompts are spread over its data and fsdp axes
+      placement: of prompts, activations and KV caches on the devices
     """
 
     graphdef: nnx.GraphDef
     encoder: PromptEncoder
     sampling: SamplingConfig
-    mesh: Mesh
+    placement: Placement
+
+    def weights(self, params: Any) -> Any:
+        """The parameters as sampling wants them: in the activations' type, gathered over the axis "width" as the
+        table's rollout_width says. Made once for many tokens; arrays that are so already are taken as they are."""
+        dtype = nnx.merge(self.graphdef, *params).dtype
+        leaves, tree = jax.tree.flatten(params)
+        wanted = jax.tree.leaves(tree_shardings(params, self.placement.with_width("rollout_width")))
+        others = [
+            index
+            for index, (leaf, sharding) in enumerate(zip(leaves, wanted, strict=True))
+            if leaf.dtype != dtype or not leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        ]
+        cast = _cast(dtype, tuple(wanted[index] for index in others), [leaves[index] for index in others])
+        for index, array in zip(others, cast, strict=True):
+            leaves[index] = array
+        return jax.tree.unflatten(tree, leaves)
 
     def sample(
         self, params: Any, prompts: Sequence[Prompt], keys: jax.Array
     ) -> tuple[RolloutBatch, list[list[Rollout]]]:
-        """G rollouts for each of B prompts. keys: [B, G] (see `rollout_keys`). Returns the arrays and the chains."""
+        """G rollouts for each of B prompts. params: of `weights`, or the parameters themselves; keys: [B, G] (see
+        `rollout_keys`). Of several processes each gives its own prompts, all equally many. Returns the arrays, on the
+        host, and the chains."""
         layout, config = self.encoder.layout, self.sampling
-        place = partial(jax.device_put, device=batch_sharding(self.mesh))
+        place = partial(place_rows, self.placement)
         frames = np.stack([prompt.frames for prompt in prompts])
         prefixes = [self.encoder.prefix(p.query, p.frame_count, p.seconds) for p in prompts]
         tokens, positions, mask = (np.stack([getattr(p, n) for p in prefixes]) for n in ("tokens", "positions", "mask"))
         count, group = keys.shape
-        keys = place(keys)
+        keys = place(np.asarray(jax.random.key_data(keys)))
 
-        cache = _prefill(self.graphdef, params, *map(place, (frames, tokens, positions, mask)))
+        cache = read_prefix(self.graphdef, params, *map(place, (frames, tokens, positions, mask)))
         # Turn 1: every rollout goes on from the prompt's last token, which stands in slot 0.
         first = np.tile(np.array([[p.last_token] for p in prefixes], np.int32), group)
         start = np.tile(np.array([[p.last_position] for p in prefixes], np.int32), group)
         alive = np.ones((count, group), bool)
-        answers, suffix = _turn1(
+        answers, suffix = answer_turn1(
             self.graphdef, layout.turn1, layout.suffix, config, params, cache, *map(place, (first, start, alive)), keys
         )
-        tokens1, logprobs1, real1 = map(np.asarray, answers)
+        tokens1, logprobs1, real1 = map(own_rows, answers)
         texts1 = self._texts(tokens1, real1)
         lengths1 = real1.sum(-1)
         ended1 = _ended(tokens1, real1, config.end_token)
@@ -98,7 +118,7 @@ class RolloutEngine:
         alive = np.array([[turn.ok for turn in row] for row in turns1])
         prompt2, positions2, mask2, next2 = self._turn2_arrays(turns1, start + lengths1 + 1)
         keyframes, keyframe_index = self._keyframes(prompts, turns1)
-        suffix = _extend(
+        suffix = read_turn2(
             self.graphdef,
             layout.turn2_prompt_start,
             params,
@@ -106,7 +126,7 @@ class RolloutEngine:
             suffix,
             *map(place, (prompt2[..., :-1], positions2[..., :-1], mask2[..., :-1], keyframes, keyframe_index)),
         )
-        answers = _turn2(
+        answers = answer_turn2(
             self.graphdef,
             layout.turn2_start - 1,
             layout.turn2,
@@ -117,7 +137,7 @@ class RolloutEngine:
             *map(place, (prompt2[..., -1], next2 - 1, alive)),
             keys,
         )
-        tokens2, logprobs2, real2 = map(np.asarray, answers)
+        tokens2, logprobs2, real2 = map(own_rows, answers)
         texts2 = self._texts(tokens2, real2)
         ended2 = _ended(tokens2, real2, config.end_token)
 
@@ -214,22 +234,44 @@ def _unfinished(kind: type[Turn1] | type[Turn2]) -> Any:
     return kind(ok=False, format_score=0.0, reason="the answer reached the token limit", **empty)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _cast(dtype: jnp.dtype, shardings: tuple[NamedSharding, ...], arrays: list[jax.Array]) -> list[jax.Array]:
+    return [
+        jax.lax.with_sharding_constraint(array.astype(dtype), sharding)
+        for array, sharding in zip(arrays, shardings, strict=True)
+    ]
+
+
 @partial(jax.jit, static_argnums=0)
-def _prefill(graphdef, params, frames, tokens, positions, mask) -> PrefixCache:
+def read_prefix(graphdef, params, frames, tokens, positions, mask) -> PrefixCache:
     policy = nnx.merge(graphdef, *params)
-    return policy.prefill(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames))
+    cache = policy.prefill(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames))
+    return cache._replace(key=_cached(policy, cache.key), value=_cached(policy, cache.value))
+
+
+def _cached(policy: Policy, array: jax.Array) -> jax.Array:
+    """Keys or values [layers, B, ..., key heads, head width] where caches live."""
+    between = [None] * (array.ndim - 4)
+    return constrain(policy.placement, array, None, "prompts", *between, "key_heads")
+
+
+def _answer(policy: Policy, parts) -> tuple[jax.Array, ...]:
+    return tuple(constrain(policy.placement, part, "prompts") for part in parts)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _turn1(graphdef, limit, slots, sampling, params, prefix, token, position, alive, keys):
-    policy = nnx.merge(graphdef, *params)
+def answer_turn1(graphdef, limit, slots, sampling, params, prefix, token, position, alive, keys):
+    policy, keys = nnx.merge(graphdef, *params), jax.random.wrap_key_data(keys)
     cache = empty_suffix_cache(policy.config.text, *token.shape, slots, prefix.key.dtype)
+    cache = cache._replace(key=_cached(policy, cache.key), value=_cached(policy, cache.value))
     *answer, cache = decode_answer(policy, prefix, cache, token, position, alive, keys, 0, limit, sampling)
-    return tuple(answer), cache
+    return _answer(policy, answer), cache
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _extend(graphdef, slot, params, prefix, cache, tokens, positions, mask, keyframes, keyframe_index) -> SuffixCache:
+def read_turn2(
+    graphdef, slot, params, prefix, cache, tokens, positions, mask, keyframes, keyframe_index
+) -> SuffixCache:
     """Reads the turn-2 prompts, all but their last token, into the suffix cache from `slot` on."""
     policy = nnx.merge(graphdef, *params)
     x = policy.embed(tokens, encode_keyframes(policy, keyframes, keyframe_index))
@@ -237,7 +279,7 @@ def _extend(graphdef, slot, params, prefix, cache, tokens, positions, mask, keyf
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _turn2(graphdef, slot, limit, sampling, params, prefix, cache, token, position, alive, keys):
-    policy = nnx.merge(graphdef, *params)
+def answer_turn2(graphdef, slot, limit, sampling, params, prefix, cache, token, position, alive, keys):
+    policy, keys = nnx.merge(graphdef, *params), jax.random.wrap_key_data(keys)
     *answer, _ = decode_answer(policy, prefix, cache, token, position, alive, keys, slot, limit, sampling)
-    return tuple(answer)
+    return _answer(policy, answer)

@@ -49,6 +49,11 @@ class SlotLayout:
         return self.turn2_start + self.turn2
 
     @property
+    def sampled(self) -> np.ndarray:
+        """The suffix slots that hold answers: int [turn1 + turn2]."""
+        return np.r_[1 : self.turn2_prompt_start, self.turn2_start : self.suffix]
+
+    @property
     def turns(self) -> np.ndarray:
         """The turn, 0 or 1, of every suffix slot: int [S]."""
         return (np.arange(self.suffix) >= self.turn2_prompt_start).astype(int)

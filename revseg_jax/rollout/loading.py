@@ -6,15 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from revseg_jax.chain.prompts import validate_templates
 from revseg_jax.config import ChainConfig, Config
 from revseg_jax.data.example import Batch
-from revseg_jax.parallel.mesh import make_mesh
-from revseg_jax.parallel.sharding import tree_shardings
+from revseg_jax.parallel.sharding import Placement, make_placement
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.rollout.engine import Prompt, RolloutEngine
 from revseg_jax.rollout.layout import PromptEncoder
@@ -39,21 +36,22 @@ class LoadedEngine:
         return replace(self.engine, sampling=self.engine.sampling.greedy())
 
     @property
-    def mesh(self) -> Mesh:
-        return self.engine.mesh
+    def placement(self) -> Placement:
+        return self.engine.placement
 
 
 def load_engine(config: Config, chain: ChainConfig | None = None) -> LoadedEngine:
     """Raises InputError for a bad checkpoint folder, mesh or prompt template. `chain` overrides the config's."""
-    loaded = load_policy(config.policy.path, config.policy.dtype, config.policy.param_dtype, config.policy.remat)
     chain = chain or config.chain
     validate_templates(chain)
-    mesh = make_mesh(config.mesh)
+    placement, policy = make_placement(config.mesh), config.policy
+    loaded = load_policy(
+        policy.path, policy.dtype, policy.param_dtype, policy.remat, placement.mesh, axes=config.mesh.axes
+    )
     encoder = PromptEncoder(loaded.tokenizer, loaded.policy.config, chain)
     sampling = sampling_config(loaded.tokenizer, loaded.policy.config.text.vocab_size, config.rollout)
     graphdef, trained, frozen = split_policy(loaded.policy, config.learner.freeze_vision)
-    trained, frozen = (jax.device_put(part, tree_shardings(part, mesh)) for part in (trained, frozen))
-    return LoadedEngine(RolloutEngine(graphdef, encoder, sampling, mesh), trained, frozen, loaded.folder)
+    return LoadedEngine(RolloutEngine(graphdef, encoder, sampling, placement), trained, frozen, loaded.folder)
 
 
 def split_policy(policy: nnx.Module, freeze_vision: bool) -> tuple[nnx.GraphDef, Any, Any]:

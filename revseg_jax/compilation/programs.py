@@ -1,0 +1,276 @@
+"""The jitted programs of a training step with abstract arguments, lowered for devices that need not exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from revseg_jax.compilation.hlo import Work
+from revseg_jax.config import Config
+from revseg_jax.errors import InputError
+from revseg_jax.learner.experience import Experience, Scores
+from revseg_jax.learner.update import Learner, TrainState, make_learner
+from revseg_jax.parallel.rows import check_rows
+from revseg_jax.parallel.sharding import Placement, tree_shardings
+from revseg_jax.policy.attention import AttentionChoice
+from revseg_jax.policy.attention_kernels import padded_length
+from revseg_jax.policy.checkpoint import resolve_folder
+from revseg_jax.policy.config import PUBLISHED, ModelConfig, read_config
+from revseg_jax.policy.model import Policy
+from revseg_jax.policy.text import PrefixCache, SuffixCache
+from revseg_jax.rollout.batch import RolloutBatch
+from revseg_jax.rollout.engine import answer_turn1, read_prefix, read_turn2
+from revseg_jax.rollout.layout import PromptEncoder, SlotLayout
+from revseg_jax.rollout.loading import split_policy
+from revseg_jax.rollout.sampling import SamplingConfig
+
+PROGRAMS = ("prefill", "decode", "turn2", "score", "update")
+
+
+def model_config(path: str) -> ModelConfig:
+    """Of a policy folder, or of a published model by its name; InputError when it is neither."""
+    folder = resolve_folder(path)
+    if folder.is_dir():
+        return read_config(folder)
+    if folder.name not in PUBLISHED:
+        raise InputError(f"policy.path={path} is neither a folder nor one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[folder.name]
+
+
+@dataclass(frozen=True)
+class StepPrograms:
+    """The programs of a training step on a mesh. All arrays are shapes with shardings; nothing is allocated.
+
+    `lower(name)` gives, for a name of `PROGRAMS`: prefill (video and prompt into the cache), decode (the first answer;
+    the second is the same program with another limit), turn2 (keyframes and turn-2 prompts into the cache), score (one
+    pass of the reference), update (loss, gradients, optimiser).
+    """
+
+    config: Config
+    model: ModelConfig
+    placement: Placement
+
+    def lower(self, name: str) -> jax.stages.Lowered:
+        return getattr(self, f"_{name}")()
+
+    # ---- Arguments --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parts(self) -> tuple[nnx.GraphDef, Any, Any]:
+        """(graphdef, trained, frozen) of the policy."""
+        settings = self.config.policy
+        policy = nnx.eval_shape(
+            lambda: Policy(
+                self.model,
+                rngs=nnx.Rngs(0),
+                dtype=jnp.dtype(settings.dtype),
+                remat=settings.remat,
+                attention=AttentionChoice("auto", self.placement),
+            )
+        )
+        graphdef, *parameters = split_policy(policy, self.config.learner.freeze_vision)
+        return graphdef, *(self._spread(part, settings.param_dtype) for part in parameters)
+
+    @cached_property
+    def layout(self) -> SlotLayout:
+        return PromptEncoder(None, self.model, self.config.chain).layout
+
+    @cached_property
+    def learner(self) -> Learner:
+        return make_learner(self.parts[0], self.config.learner, self.layout, self.placement)
+
+    @cached_property
+    def state(self) -> TrainState:
+        shapes = jax.eval_shape(self.learner._init, self.parts[1])
+        return jax.tree.map(_shaped, shapes, self.learner.shardings(shapes))
+
+    @cached_property
+    def sampler(self) -> tuple[Any, Any]:
+        """The parameters as sampling takes them, (trained, frozen)."""
+        wanted = self.placement.with_width("rollout_width")
+        return tuple(self._spread(part, self.config.policy.dtype, wanted) for part in self.parts[1:])
+
+    @cached_property
+    def reference(self) -> Any:
+        """While it is on the devices; None without one."""
+        settings = self.config.learner
+        if settings.kl == "off":
+            return None
+        return self.parts[1] if settings.reference == "device" else self._spread(self.parts[1], "bfloat16")
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.config.rollout.prompts_per_batch or self.config.rollout.prompts_per_step
+
+    def batch(self, prompts: int) -> RolloutBatch:
+        chain, group, slots = self.config.chain, self.config.rollout.group_size, self.layout.suffix
+        rows = self._rows
+
+        def images(count: int, side: int) -> jax.ShapeDtypeStruct:
+            return rows(jnp.uint8, prompts, count, side, side, 3)
+
+        return RolloutBatch(
+            frames=images(chain.frames, chain.frame_size),
+            prefix_tokens=rows(jnp.int32, prompts, self.layout.prefix),
+            prefix_positions=rows(jnp.int32, prompts, 3, self.layout.prefix),
+            prefix_mask=rows(bool, prompts, self.layout.prefix),
+            keyframes=images(group, chain.keyframe_size),
+            keyframe_index=rows(jnp.int32, prompts, group),
+            tokens=rows(jnp.int32, prompts, group, slots),
+            positions=rows(jnp.int32, prompts, group, 3, slots),
+            mask=rows(bool, prompts, group, slots),
+            generated=rows(bool, prompts, group, slots),
+            logprobs=rows(jnp.float32, prompts, group, slots),
+        )
+
+    def experience(self, prompts: int) -> Experience:
+        batch, config = self.batch(prompts), self.config.learner
+        critic = batch.logprobs if config.algorithm == "ppo" else None
+        reference = batch.logprobs if config.kl != "off" else None
+        return Experience(batch, Scores(batch.logprobs, reference, critic), batch.logprobs, critic)
+
+    def caches(self, prompts: int) -> tuple[PrefixCache, SuffixCache]:
+        text, group, layout = self.model.text, self.config.rollout.group_size, self.layout
+
+        def keys(*rows: int) -> jax.ShapeDtypeStruct:
+            shape = (text.num_layers, prompts, *rows, text.num_kv_heads, text.head_dim)
+            sharding = self.placement.sharding(shape, None, "prompts", *[None] * len(rows), "key_heads")
+            return jax.ShapeDtypeStruct(shape, self.config.policy.dtype, sharding=sharding)
+
+        prefix, suffix = keys(layout.prefix), keys(group, layout.suffix)
+        return (
+            PrefixCache(prefix, prefix, self._rows(bool, prompts, layout.prefix)),
+            SuffixCache(suffix, suffix, self._rows(bool, prompts, group, layout.suffix)),
+        )
+
+    def _rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement.sharding(shape, "prompts"))
+
+    def _spread(self, tree: Any, dtype: str, placement: Placement | None = None) -> Any:
+        shardings = tree_shardings(tree, placement or self.placement)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), tree, shardings)
+
+    # ---- Programs ---------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> jax.stages.Lowered:
+        batch = self.batch(self.prompts_per_batch)
+        prefix = batch.prefix_tokens, batch.prefix_positions, batch.prefix_mask
+        return read_prefix.lower(self.parts[0], self.sampler, batch.frames, *prefix)
+
+    def _decode(self) -> jax.stages.Lowered:
+        prompts, group = self.prompts_per_batch, self.config.rollout.group_size
+        one, alive = self._rows(jnp.int32, prompts, group), self._rows(bool, prompts, group)
+        keys = self._rows(jnp.uint32, prompts, group, 2)
+        return answer_turn1.lower(
+            *(self.parts[0], self.layout.turn1, self.layout.suffix, self._sampling()),
+            *(self.sampler, self.caches(prompts)[0], one, one, alive, keys),
+        )
+
+    def _turn2(self) -> jax.stages.Lowered:
+        prompts, group = self.prompts_per_batch, self.config.rollout.group_size
+        batch, slots = self.batch(prompts), self.layout.turn2_prompt - 1
+        return read_turn2.lower(
+            *(self.parts[0], self.layout.turn2_prompt_start, self.sampler, *self.caches(prompts)),
+            self._rows(jnp.int32, prompts, group, slots),
+            self._rows(jnp.int32, prompts, group, 3, slots),
+            self._rows(bool, prompts, group, slots),
+            *(batch.keyframes, batch.keyframe_index),
+        )
+
+    def _score(self) -> jax.stages.Lowered:
+        batch = self.batch(self.config.rollout.prompts_per_step)
+        reference = self.parts[1] if self.reference is None else self.reference
+        return Learner.logprobs.lower(self.learner, reference, self.parts[2], batch)
+
+    def _update(self) -> jax.stages.Lowered:
+        experience = self.experience(self.config.rollout.prompts_per_step)
+        return Learner.update.lower(self.learner, self.state, self.parts[2], experience)
+
+    def _sampling(self) -> SamplingConfig:
+        """Which tokens they are changes nothing in the program; that some are forbidden does."""
+        rollout, forbidden = self.config.rollout, (self.model.image_token_id, self.model.video_token_id)
+        return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, 1, 0, forbidden)
+
+    # ---- What is known of them --------------------------------------------------------------------------------------
+
+    def loop_limit(self, name: str) -> int:
+        """Turns of the loops whose length depends on the data."""
+        return self.layout.turn1 + 1 if name == "decode" else 1
+
+    def kernel_flops(self, work: Work) -> float:
+        """Of one run of the splash kernel: two products a visible pair of blocks forward; backward four for keys and
+        values and three for queries, or five fused. Operands are [.., heads, slots, width]."""
+        long = [array.shape for array in work.arrays if len(array.shape) >= 3 and array.dtype in ("bf16", "f32")]
+        query, key = long[0][-3:], long[1][-3:]
+        products = next(n for mark, n in (("dkv", 4.0), ("dq", 3.0), ("", 2.0)) if mark in work.source)
+        rows = int(np.prod(long[0][:-3], dtype=np.int64))
+        return 2 * products * rows * query[0] * query[1] * key[1] * query[2] * self._visible(query[1], key[1], query[2])
+
+    def _visible(self, queries: int, keys: int, width: int) -> float:
+        """The share of the pairs of a kernel's slots whose blocks its mask shows."""
+        own, shared = padded_length(self.layout.suffix), padded_length(self.layout.prefix)
+        group = self.config.rollout.group_size
+        if (queries, keys) == (group * own, shared + group * own):
+            return (shared + (own + 256) / 2) / keys
+        causal = queries == shared and width >= self.model.text.head_dim
+        return (1 + 256 / shared) / 2 if causal else 1.0
+
+    def memory(self) -> dict[str, int]:
+        """Bytes a chip of what stays during a step, by kind."""
+        reference = 0 if self.config.learner.reference == "host" else chip_bytes(self.reference)
+        own = self.config.policy.dtype == self.config.policy.param_dtype
+        same = own and self.placement.over("width") == self.placement.over("rollout_width")
+        return {
+            "parameters": chip_bytes((self.parts[1:], self.state.critic and self.state.critic[0])),
+            "optimizer": chip_bytes((self.state.optimizer, self.state.critic and self.state.critic[1])),
+            "reference": reference,
+            "sampler": 0 if same else chip_bytes(self.sampler),
+            "kv_cache": chip_bytes(self.caches(self.prompts_per_batch)),
+            "batch": chip_bytes(self.experience(self.config.rollout.prompts_per_step)),
+        }
+
+    def largest_arguments(self, count: int) -> list[tuple[str, int]]:
+        """The largest arrays of the state, with their bytes a chip."""
+        named = jax.tree_util.tree_leaves_with_path({"state": self.state, "reference": self.reference})
+        sized = [(jax.tree_util.keystr(path), chip_bytes(leaf)) for path, leaf in named]
+        return sorted(sized, key=lambda pair: -pair[1])[:count]
+
+    def full_batch(self) -> RolloutBatch:
+        """A step's batch on the host in which every slot is real and every keyframe another, without its memory."""
+        shapes = self.batch(self.config.rollout.prompts_per_step)
+        ones = RolloutBatch(*(np.broadcast_to(np.ones((), shape.dtype), shape.shape) for shape in shapes))
+        generated = np.isin(np.arange(self.layout.suffix), self.layout.sampled)
+        index = np.arange(self.config.rollout.group_size)
+        return ones._replace(
+            generated=np.broadcast_to(generated, ones.generated.shape),
+            keyframe_index=np.broadcast_to(index, ones.keyframe_index.shape),
+        )
+
+
+def make_programs(config: Config, placement: Placement) -> StepPrograms:
+    """Raises InputError for an unknown policy or numbers of prompts that the mesh cannot spread evenly."""
+    rollout, learner = config.rollout, config.learner
+    prompts = rollout.prompts_per_step
+    counts = {
+        "rollout.prompts_per_step": prompts,
+        "rollout.prompts_per_batch": rollout.prompts_per_batch or prompts,
+        "learner.prompts_per_microbatch": learner.prompts_per_microbatch or prompts // learner.minibatches,
+    }
+    check_rows(placement, **counts)
+    return StepPrograms(config, model_config(config.policy.path), placement)
+
+
+def chip_bytes(tree: Any) -> int:
+    """What one chip holds of a tree of shapes with shardings."""
+    shapes = jax.tree.leaves(tree)
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * jnp.dtype(x.dtype).itemsize for x in shapes)
+
+
+def _shaped(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

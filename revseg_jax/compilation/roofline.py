@@ -1,0 +1,160 @@
+"""From what a program moves and multiplies to seconds, by the makers' numbers for each chip.
+
+What the model assumes, and where it is too kind:
+- A matrix product runs at the peak rate and everything else at full memory bandwidth: an instruction takes the longer
+  of the two, and instructions run one after the other. Real products of these sizes reach 70 to 90 % of the peak.
+- Arithmetic that is not a matrix product costs nothing beyond the memory it touches; latencies cost nothing.
+- Inside a fusion only operands and results touch the chip's memory.
+- A collective runs on bidirectional rings over as many axes of the torus as its group needs, filling one axis after the
+  other, at the links' sustained rate; all collectives run behind the arithmetic when they take less time than it
+  (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
+- A Pallas attention kernel computes whole blocks of its mask, at the peak rate.
+- A loop whose length depends on the data (decoding) runs to its limit; a conditional takes its dearer branch (every
+  rollout of a group chooses another keyframe).
+Nothing of this was measured on a TPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from revseg_jax.compilation.hlo import Work
+from revseg_jax.errors import InputError
+from revseg_jax.learner.flops import peak_flops
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip and its links. Google's pages of the TPU versions; sustained rates of links as in "How to Scale Your
+    Model" (2025), chapter 2.
+
+    Attributes:
+      hbm: bytes
+      hbm_rate: bytes/s
+      link_rate: bytes/s of one link in one direction
+      network_rate: bytes/s of one chip to other slices
+      ring: an axis of the torus closes to a ring when its size is a multiple of this
+    """
+
+    hbm: float
+    hbm_rate: float
+    link_rate: float
+    network_rate: float
+    ring: int
+
+
+CHIPS = {
+    "v4": Chip(32 * 2**30, 1228e9, 4.5e10, 6.25e9, 4),
+    "v5e": Chip(16 * 2**30, 819e9, 4.5e10, 3.125e9, 16),
+    "v5p": Chip(95 * 2**30, 2765e9, 9e10, 6.25e9, 4),
+    "v6e": Chip(32 * 2**30, 1640e9, 9e10, 12.5e9, 16),
+}
+
+
+@dataclass(frozen=True)
+class Pod:
+    """Attributes:
+    name: such as "v5p:4x4x4"
+    chip: its numbers
+    peak: bfloat16 FLOP/s of a chip
+    torus: chips along each axis of a slice
+    slices: how many
+    """
+
+    name: str
+    chip: Chip
+    peak: float
+    torus: tuple[int, ...]
+    slices: int
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.torus) * self.slices
+
+    def collective_seconds(self, kind: str, size: float, group: tuple[int, ...]) -> float:
+        """size: bytes of the whole array on one chip, before a reduction or after a gathering."""
+        group = group or tuple(range(self.chips))
+        count = len(group)
+        if count < 2:
+            return 0.0
+        per_slice = self.chips // self.slices
+        if max(group) // per_slice != min(group) // per_slice:
+            rate = self.chip.network_rate
+        elif kind == "collective-permute":
+            rate = self.chip.link_rate
+        else:
+            rate = self._ring_rate(count)
+        share = size * (count - 1) / count
+        if kind == "all-reduce":
+            return 2 * share / rate
+        if kind.endswith("all-to-all"):
+            return share / 4 / rate
+        return (size if kind == "collective-permute" else share) / rate
+
+    def _ring_rate(self, count: int) -> float:
+        """Bytes/s into a chip of a group of so many, on as many axes as hold it."""
+        rate, held = 0.0, 1
+        for size in sorted(self.torus, reverse=True):
+            if size == 1 or held >= count:
+                continue
+            rate += self.chip.link_rate * (2 if size % self.chip.ring == 0 else 1)
+            held *= size
+        return rate or self.chip.link_rate
+
+
+def make_pod(topology: str, devices: list, slices: int) -> Pod:
+    """devices: of the topology's description. Raises InputError for a chip that is not in the table."""
+    kind, _, sizes = topology.partition(":")
+    if kind not in CHIPS:
+        raise InputError(f"topology {topology}: {kind or 'nothing'} is not one of {', '.join(CHIPS)}")
+    return Pod(topology, CHIPS[kind], peak_flops(devices[0].device_kind), tuple(map(int, sizes.split("x"))), slices)
+
+
+@dataclass
+class Estimate:
+    """Of one run of a program on one chip.
+
+    Attributes:
+      flops: of matrix products, kernels included
+      bytes: to and from the chip's memory
+      compute_seconds: of everything but collectives
+      collective_bytes: by name, of the whole arrays
+      collective_seconds: of all collectives, one after the other
+      by_source: seconds by (kind, place in the JAX program)
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    compute_seconds: float = 0.0
+    collective_bytes: Counter = field(default_factory=Counter)
+    collective_seconds: float = 0.0
+    by_source: Counter = field(default_factory=Counter)
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.collective_seconds)
+
+    @property
+    def seconds_without_overlap(self) -> float:
+        return self.compute_seconds + self.collective_seconds
+
+
+def estimate(works: Iterable[Work], pod: Pod, kernel_flops: Callable[[Work], float]) -> Estimate:
+    """kernel_flops: of one run of a Pallas kernel."""
+    total = Estimate()
+    for work in works:
+        if work.kind in ("compute", "kernel"):
+            flops = work.flops if work.kind == "compute" else kernel_flops(work)
+            seconds = work.times * max(flops / pod.peak, work.bytes / pod.chip.hbm_rate)
+            total.flops += work.times * flops
+            total.bytes += work.times * work.bytes
+            total.compute_seconds += seconds
+        else:
+            seconds = work.times * pod.collective_seconds(work.kind, work.bytes, work.group)
+            total.collective_bytes[work.kind] += work.times * work.bytes
+            total.collective_seconds += seconds
+        total.by_source[work.kind, work.source] += seconds
+    return total

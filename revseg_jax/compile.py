@@ -1,0 +1,189 @@
+"""`revseg compile`: compiles a training step's programs for a pod that is not there, and says what they would cost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from revseg_jax.compilation.hlo import parse
+from revseg_jax.compilation.programs import PROGRAMS, StepPrograms, make_programs
+from revseg_jax.compilation.roofline import Estimate, Pod, estimate, make_pod
+from revseg_jax.config import Config
+from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.learner.flops import update_flops
+from revseg_jax.parallel.sharding import make_placement
+
+PAPER_STEP_SECONDS = 725  # of 128 prompts x 8 rollouts at 16 frames, on hardware that the paper does not name
+NAMED = 4  # largest buffers and dearest places that are named
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program. Attributes:
+    cost: of one run on one chip
+    temporary: bytes a chip beside arguments and results
+    seconds: that compiling took
+    """
+
+    cost: Estimate
+    temporary: int
+    seconds: float
+
+
+def main(config: Config, topology: str, names: list[str], as_json: bool) -> None:
+    """Raises RunFailure, after what was found is printed, when the step does not fit into a chip's memory."""
+    pod, devices = describe(topology, config.mesh.slice)
+    programs = make_programs(config, make_placement(config.mesh, devices))
+    compiled = {name: compile_program(programs, name, pod) for name in names}
+    found = summary(programs, pod, compiled)
+    print(table(found))
+    if as_json:
+        print(json.dumps(found))
+    if not found["fits"]:
+        largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in found["largest_buffers"])
+        needed, held = (found["memory"][name] / GIB for name in ("peak", "hbm"))
+        raise RunFailure(f"{topology}: a chip needs {needed:.1f} GiB and has {held:.1f}; the largest: {largest}")
+
+
+def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
+    """The pod and descriptions of its chips. Raises InputError for one that the compiler does not know."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("compiling for TPUs needs libtpu: pip install 'revseg-jax[tpu]'")
+    from jax.experimental import topologies
+
+    # A program for another machine is of no use to the cache of this one's.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise InputError(f"topology {topology!r} is not of the form v5p:4x4x4")
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
+    except Exception as error:  # libtpu's own kinds
+        raise InputError(f"topology {topology}: {str(error).splitlines()[0]}") from None
+    return make_pod(topology, found.devices, slices), found.devices
+
+
+def compile_program(programs: StepPrograms, name: str, pod: Pod) -> Compiled:
+    """Raises RunFailure that names the largest buffers when the program alone is too large for a chip."""
+    begin = time.perf_counter()
+    lowered = programs.lower(name)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunFailure(f"{pod.name}: the program {name} does not fit: {too_large(str(error))}") from None
+    seconds = time.perf_counter() - begin
+    work = parse(compiled.as_text()).work(programs.loop_limit(name))
+    cost = estimate(work, pod, programs.kernel_flops)
+    return Compiled(cost, compiled.memory_analysis().temp_size_in_bytes, seconds)
+
+
+def too_large(text: str) -> str:
+    """One line of XLA's account of a program that exceeds the memory: how much, and the largest buffers."""
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
+    parts = re.split(r"\n\s+\d+\. Size: ", text)[1 : NAMED + 1]
+    named = []
+    for part in parts:
+        source, shape = (re.search(pattern, part) for pattern in (r'op_name="([^"]*)"', r"Shape: ([^{\s]+)"))
+        what = source[1].rpartition("/")[2] if source else "argument"
+        named.append(f"{part.split()[0]} {shape[1] if shape else ''} {what}".replace("  ", " "))
+    whole = f"{used[1]} of {used[2]} HBM; " if used else ""
+    return whole + ("the largest buffers: " + ", ".join(named) if named else text.splitlines()[0])
+
+
+def summary(programs: StepPrograms, pod: Pod, compiled: dict[str, Compiled]) -> dict[str, Any]:
+    """Everything that was found, ready for JSON. Bytes and FLOPs are of one chip, seconds of one run of a program."""
+    memory = programs.memory()
+    resident = {name: size for name, size in memory.items() if name not in ("sampler", "kv_cache")}
+    sampling = memory["sampler"] + memory["kv_cache"]
+    peaks = {
+        name: sum(resident.values()) + one.temporary + (sampling if name in ("prefill", "decode", "turn2") else 0)
+        for name, one in compiled.items()
+    }
+    largest = max(peaks, key=peaks.get)
+    kinds = {**memory, "activations": compiled[largest].temporary, "peak": peaks[largest], "hbm": pod.chip.hbm}
+    buffers = [(f"temporary arrays of {largest}", compiled[largest].temporary), *programs.largest_arguments(NAMED)]
+    mesh = dict(programs.placement.mesh.shape)
+    found = {
+        "policy": programs.config.policy.path,
+        "topology": pod.name,
+        "chips": pod.chips,
+        "mesh": mesh,
+        "memory": kinds,
+        "largest_program": largest,
+        "largest_buffers": sorted(buffers, key=lambda pair: -pair[1])[:NAMED],
+        "fits": peaks[largest] <= pod.chip.hbm,
+        "programs": {name: figures(one) | {"peak_bytes": peaks[name]} for name, one in compiled.items()},
+    }
+    if "update" in compiled:
+        needed = update_flops(programs.model, programs.config.learner, programs.full_batch()) / pod.chips / pod.peak
+        cost = compiled["update"].cost
+        found["mfu"] = needed / cost.seconds
+        found["mfu_without_overlap"] = needed / cost.seconds_without_overlap
+    if all(name in compiled for name in PROGRAMS):
+        found["step_seconds"] = step_seconds(programs, compiled)
+        found["paper_step_seconds"] = PAPER_STEP_SECONDS
+    return found
+
+
+def figures(one: Compiled) -> dict[str, Any]:
+    cost = one.cost
+    return {
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "collective_bytes": dict(cost.collective_bytes),
+        "compute_seconds": cost.compute_seconds,
+        "collective_seconds": cost.collective_seconds,
+        "seconds": cost.seconds,
+        "temporary_bytes": one.temporary,
+        "compile_seconds": round(one.seconds, 1),
+        "dearest": [[kind, source, seconds] for (kind, source), seconds in cost.by_source.most_common(2 * NAMED)],
+    }
+
+
+def step_seconds(programs: StepPrograms, compiled: dict[str, Compiled]) -> float:
+    """Of a whole step: sampling part by part with both answers at their limits, one pass of the reference, the update.
+    What the host and the sidecars do meanwhile is not in it."""
+    seconds = {name: one.cost.seconds for name, one in compiled.items()}
+    answers = (programs.layout.turn2 + 1) / (programs.layout.turn1 + 1)
+    part = seconds["prefill"] + seconds["decode"] * (1 + answers) + seconds["turn2"]
+    parts = programs.config.rollout.prompts_per_step // programs.prompts_per_batch
+    score = seconds["score"] if programs.config.learner.kl != "off" else 0.0
+    return part * parts + score + seconds["update"]
+
+
+def table(found: dict[str, Any]) -> str:
+    mesh = " ".join(f"{name}={size}" for name, size in found["mesh"].items())
+    lines = [f"{found['policy']} on {found['topology']}: {found['chips']} chips, mesh {mesh}", ""]
+    lines.append(f"memory a chip, GiB (most in {found['largest_program']})")
+    lines += [f"  {name:<14}{size / GIB:>9.2f}" for name, size in found["memory"].items()]
+    names = ("TFLOP", "GB", "compute s", "collect. s", "GiB at most", "compiled in s")
+    header = f"{'a chip, one run':<16}" + "".join(f"{name:>15}" for name in names)
+    lines += ["", header]
+    for name, one in found["programs"].items():
+        numbers = (one["flops"] / 1e12, one["bytes"] / 1e9, one["compute_seconds"], one["collective_seconds"])
+        numbers += (one["peak_bytes"] / GIB, one["compile_seconds"])
+        lines.append(f"  {name:<14}" + "".join(f"{number:>15.3f}" for number in numbers))
+    lines += ["", "collectives, GB a chip"]
+    for name, one in found["programs"].items():
+        said = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(one["collective_bytes"].items()))
+        lines.append(f"  {name:<14}{said or 'none'}")
+    for name, one in found["programs"].items():
+        lines += ["", f"dearest places of {name}, seconds"]
+        lines += [f"  {seconds:>9.4f}  {kind}  {source[-90:]}" for kind, source, seconds in one["dearest"]]
+    lines.append("")
+    if "mfu" in found:
+        lines.append(
+            f"update: predicted MFU {found['mfu']:.1%}, {found['mfu_without_overlap']:.1%} if no collective overlaps"
+        )
+    if "step_seconds" in found:
+        lines.append(f"a step: {found['step_seconds']:.1f} s predicted; the paper's took {PAPER_STEP_SECONDS} s")
+    return "\n".join(lines)

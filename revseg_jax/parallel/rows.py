@@ -1,0 +1,64 @@
+"""Rows of prompts: each process holds some on the host, all processes together hold an array on the devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from revseg_jax.errors import InputError
+from revseg_jax.parallel.sharding import Placement
+
+
+def process_share(placement: Placement) -> tuple[int, int]:
+    """(index, count): into how many equal shares the processes split the prompts, and which of them is this one's.
+
+    Processes that only differ in axes that prompts are not spread over have the same share. Raises InputError for a
+    mesh on which the shares are not equal or overlap in part.
+    """
+    parts = placement.parts("prompts")
+    held: dict[int, set[int]] = {}
+    sharding = placement.sharding((parts,), "prompts")
+    for device, (rows,) in sharding.devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).update(range(parts)[rows])
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != parts:
+        sizes = " ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
+        raise InputError(f"mesh {sizes}: the {len(held)} processes cannot share the prompts evenly")
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def check_rows(placement: Placement, **counts: int) -> None:
+    """Raises InputError when one of the numbers of prompts, named by their settings, cannot be spread evenly."""
+    parts = placement.parts("prompts")
+    for name, count in counts.items():
+        if count % parts:
+            raise InputError(
+                f"{name}={count} must be a multiple of the {parts} parts that the mesh spreads prompts over"
+            )
+
+
+def place_rows(placement: Placement, tree: Any) -> Any:
+    """Host arrays [own rows, ...] of every process as one array [rows, ...], spread over the devices.
+
+    Arrays that are on the devices already stay as they are.
+    """
+
+    def put(array: np.ndarray | jax.Array) -> jax.Array:
+        if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+            return array
+        share = process_share(placement)[1] if jax.process_count() > 1 else 1
+        shape = (array.shape[0] * share, *array.shape[1:])
+        return jax.make_array_from_process_local_data(placement.sharding(shape, "prompts"), np.asarray(array), shape)
+
+    return jax.tree.map(put, tree)
+
+
+def own_rows(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The rows of this process's devices, in order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

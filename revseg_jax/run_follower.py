@@ -1,0 +1,30 @@
+"""The run folder as the processes see it that do not lead: the same checkpoints, no logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from revseg_jax.checkpoints import Checkpoints
+from revseg_jax.config import Config
+
+
+class RunFollower:
+    """What `RunFolder` is to the first process of a run; that one alone checks, locks and writes."""
+
+    def __init__(self, config: Config):
+        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config.run.keep_checkpoints)
+        self.resumes = self.checkpoints.latest_step() is not None
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
+        _, state, iterator = self.checkpoints.restore(state)
+        return state, iterator
+
+    def log(self, *_: Any) -> None: ...
+
+    def write_traces(self, *_: Any) -> None: ...
+
+    def write_bad_batch(self, *_: Any) -> None: ...
+
+    def close(self) -> None:
+        self.checkpoints.close()

@@ -1,0 +1,233 @@
+"""Compiling for pods: the reading of compiled programs, the roofline, and the command."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from revseg_jax.cli import main
+from revseg_jax.compilation.hlo import parse
+from revseg_jax.compilation.roofline import CHIPS, Pod, estimate
+from revseg_jax.compile import too_large
+from revseg_jax.policy.config import PUBLISHED
+
+ROOT = Path(__file__).parents[1]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
+
+
+def work_of(function, *shapes, trips=1):
+    text = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text()
+    return list(parse(text).work(trips))
+
+
+def test_scanned_layers_count_as_often_as_they_run():
+    def layers(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    work = work_of(layers, (32, 64), (7, 64, 64))
+    assert sum(w.flops * w.times for w in work) == 7 * 2 * 32 * 64 * 64
+    # A layer reads its own kernel, not the stack of all seven.
+    read = sum(w.bytes * w.times for w in work)
+    assert 7 * 64 * 64 * 4 <= read < 3 * 7 * 64 * 64 * 4
+
+
+def test_loops_of_unknown_length_take_the_given_one_and_conditionals_their_dearer_branch():
+    def loop(x, kernel):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.sin(x @ kernel), x)
+
+    assert sum(w.flops * w.times for w in work_of(loop, (8, 16), (16, 16), trips=11)) == 11 * 2 * 8 * 16 * 16
+
+    def choice(x, kernel):
+        return jax.lax.cond(x.sum() < 9, lambda: jnp.sin(x @ kernel @ kernel), lambda: x @ kernel)
+
+    assert sum(w.flops * w.times for w in work_of(choice, (8, 16), (16, 16))) == 2 * 2 * 8 * 16 * 16
+
+
+POD_PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_computation.1 (param_0.1: bf16[28,512,256], param_1.1: s32[], param_2.1: bf16[128,512]) -> bf16[128,256] {
+  %param_0.1 = bf16[28,512,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.1 = s32[]{:T(128)S(6)} parameter(1)
+  %param_2.1 = bf16[128,512]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %constant.1 = s32[]{:T(128)} constant(0)
+  %dynamic-slice.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0.1, %param_1.1, %constant.1, %constant.1), dynamic_slice_sizes={1,512,256}
+  %bitcast.1 = bf16[512,256]{1,0:T(8,128)(2,1)} bitcast(%dynamic-slice.1)
+  ROOT %convolution.1 = bf16[128,256]{1,0:T(8,128)(2,1)} convolution(%param_2.1, %bitcast.1), dim_labels=bf_io->bf, metadata={op_name="jit(step)/while/body/dot_general"}
+}
+
+%body.1 (arg: (s32[], bf16[28,512,256], bf16[128,512])) -> (s32[], bf16[28,512,256], bf16[128,512]) {
+  %arg = (s32[]{:T(128)}, bf16[28,512,256]{2,1,0:T(8,128)(2,1)}, /*index=2*/bf16[128,512]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %get-tuple-element.1 = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %get-tuple-element.2 = bf16[28,512,256]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %get-tuple-element.3 = bf16[128,512]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg), index=2
+  %fusion.1 = bf16[128,256]{1,0:T(8,128)(2,1)} fusion(%get-tuple-element.2, %get-tuple-element.1, %get-tuple-element.3), kind=kOutput, calls=%fused_computation.1, metadata={op_name="jit(step)/while/body/dot_general"}
+  %all-gather.1 = bf16[128,512]{1,0:T(8,128)(2,1)} all-gather(%fusion.1), channel_id=1, replica_groups=[32,2]<=[2,32]T(1,0), dimensions={1}, use_global_device_ids=true
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[28,512,256]{2,1,0:T(8,128)(2,1)}, bf16[128,512]{1,0:T(8,128)(2,1)S(1)}) tuple(%get-tuple-element.1, %get-tuple-element.2, %all-gather.1)
+}
+
+%condition.1 (arg.1: (s32[], bf16[28,512,256], bf16[128,512])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, bf16[28,512,256]{2,1,0:T(8,128)(2,1)}, bf16[128,512]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  ROOT %constant.2 = pred[]{:T(512)} constant(true)
+}
+
+%all-reduce-scatter.1 (input: f32[64,128]) -> f32[1,128] {
+  %input = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,128]{1,0:T(8,128)} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %dynamic-slice.2 = f32[1,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={1,128}
+}
+
+ENTRY %main.1_spmd (p0: (s32[], bf16[28,512,256], bf16[128,512]), p1: f32[64,128], p2: bf16[8,16,32], p3: bf16[8,32,64]) -> f32[1,128] {
+  %p0 = (s32[]{:T(128)}, bf16[28,512,256]{2,1,0:T(8,128)(2,1)}, bf16[128,512]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %p1 = f32[64,128]{1,0:T(8,128)} parameter(1)
+  %p2 = bf16[8,16,32]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %p3 = bf16[8,32,64]{2,1,0:T(8,128)(2,1)} parameter(3)
+  %while.1 = (s32[]{:T(128)}, bf16[28,512,256]{2,1,0:T(8,128)(2,1)}, bf16[128,512]{1,0:T(8,128)(2,1)S(1)}) while(%p0), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"28"},"flag_configs":[]}
+  %convolution.2 = bf16[8,16,64]{2,1,0:T(8,128)(2,1)} convolution(%p2, %p3), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
+  ROOT %fusion.2 = f32[1,128]{1,0:T(8,128)} fusion(%p1), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
+def test_a_pod_program_is_read_as_it_runs():
+    """Layers of a stack, batched products as TPUs write them, memories of the core, groups, fused reduce-scatters."""
+    works = list(parse(POD_PROGRAM).work())
+    by_kind = {kind: [w for w in works if w.kind == kind] for kind in {w.kind for w in works}}
+    layer, batched = by_kind["compute"]
+    assert (layer.flops, layer.times) == (2 * 128 * 512 * 256, 28)
+    assert layer.bytes == 512 * 256 * 2 + 4 + 128 * 256 * 2  # a layer, its number, the result; the input is not in HBM
+    assert batched.flops == 8 * 2 * 16 * 32 * 64
+    (gather,) = by_kind["all-gather"]
+    assert (gather.bytes, gather.times, gather.group) == (128 * 512 * 2, 28, (0, 32))
+    (scatter,) = by_kind["reduce-scatter"]
+    assert (scatter.bytes, scatter.group) == (64 * 128 * 4, (0, 1, 2, 3))
+
+
+def test_the_roofline_takes_the_slower_of_arithmetic_and_memory():
+    pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 1)
+    found = estimate(parse(POD_PROGRAM).work(), pod, lambda work: 0.0)
+    layer = max(2 * 128 * 512 * 256 / 459e12, (512 * 256 + 2 + 128 * 256) * 2 / 2765e9)
+    batched = max(8 * 2 * 16 * 32 * 64 / 459e12, 8 * (16 * 32 + 32 * 64 + 16 * 64) * 2 / 2765e9)
+    assert found.compute_seconds == pytest.approx(28 * layer + batched)
+    assert found.collective_bytes == {"all-gather": 28 * 128 * 512 * 2, "reduce-scatter": 64 * 128 * 4}
+    # Two chips share a ring of one axis, both directions; half of the array comes from the other.
+    ring = 2 * 9e10
+    assert found.collective_seconds == pytest.approx(28 * 65536 / ring + 64 * 128 * 4 * 3 / 4 / ring)
+    assert found.seconds == max(found.compute_seconds, found.collective_seconds)
+
+
+def test_larger_groups_use_more_axes_and_other_slices_the_network():
+    pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 2)
+    size = 1e9
+    within = pod.collective_seconds("all-gather", size, tuple(range(64)))
+    assert within == pytest.approx(size * 63 / 64 / (3 * 2 * 9e10))
+    assert pod.collective_seconds("all-reduce", size, tuple(range(64))) == pytest.approx(2 * within)
+    assert pod.collective_seconds("all-gather", size, (0, 64)) == pytest.approx(size / 2 / 6.25e9)
+    open_ended = Pod("v5e:4x4", CHIPS["v5e"], 197e12, (4, 4), 1)  # 4 chips in a row close to no ring
+    assert open_ended.collective_seconds("all-gather", size, (0, 1, 2, 3)) == pytest.approx(size * 3 / 4 / 4.5e10)
+
+
+def test_published_sizes_have_the_published_numbers_of_parameters():
+    """Billions, from the model cards: 3.75, 8.29, 33.5 and 73.4."""
+    from flax import nnx
+
+    from revseg_jax.policy.model import Policy
+
+    for (name, config), billions in zip(PUBLISHED.items(), (3.75, 8.29, 33.5, 73.4), strict=True):
+        shapes = nnx.eval_shape(lambda config=config: Policy(config, rngs=nnx.Rngs(0)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+        assert count / 1e9 == pytest.approx(billions, rel=0.005), name
+
+
+XLA_SAYS = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 24.34G of 15.75G hbm. Exceeded hbm capacity by 8.59G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_name="jit(update)/while/body/dot_general"
+     Shape: f32[32768,32768]{1,0:T(8,128)}
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 1.09G
+     Shape: bf16[152064,3584]{1,0:T(8,128)(2,1)}
+     Allocation type: parameter
+     ==========================
+"""  # noqa: E501
+
+
+def test_a_program_that_is_too_large_names_its_largest_buffers():
+    said = too_large(XLA_SAYS)
+    assert said.startswith("24.34G of 15.75G HBM; the largest buffers: 4.00G f32[32768,32768] dot_general, 1.09G bf16[")
+    assert "\n" not in said
+
+
+def compile_command(*arguments):
+    command = [sys.executable, "-m", "revseg_jax.cli", "compile", *arguments, "--json"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+TINY = ("--config", "configs/demo.yaml", "--topology", "v5e:2x2", "policy.dtype=bfloat16", "mesh.tensor=2")
+
+
+@needs_libtpu
+def test_the_tiny_config_compiles_for_a_small_slice():
+    done = compile_command(*TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chips"] == 4 and found["mesh"] == {"slice": 1, "data": 1, "fsdp": 2, "tensor": 2} and found["fits"]
+    assert set(found["programs"]) == {"prefill", "decode", "turn2", "score", "update"}
+    update = found["programs"]["update"]
+    assert update["flops"] > 0 and update["collective_bytes"].get("all-gather", 0) > 0
+    assert 0 < found["mfu"] < 1 and found["step_seconds"] > 0
+    memory = found["memory"]
+    assert memory["optimizer"] > memory["parameters"] / 2 and memory["peak"] < memory["hbm"] == 16 * 2**30
+    assert "predicted MFU" in done.stdout and "the paper's took 725 s" in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_update_of_the_3b_compiles_for_a_pod():
+    config = ("--config", "configs/revseg_3b.yaml", "--topology", "v5p:4x4x4", "--programs", "update")
+    done = compile_command(*config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chips"] == 64 and found["fits"] and 0.3 < found["mfu"] < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_named_with_its_size():
+    options = ("rollout.prompts_per_step=4096", "rollout.prompts_per_batch=4096")
+    done = compile_command(*TINY, "--programs", "decode", *options)
+    assert done.returncode == 1
+    assert "decode" in done.stderr and "largest" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--programs", "backward"], "--programs backward is not one of all, prefill"),
+        (["--topology", "h100:8"], "topology"),
+        (["policy.path=Qwen3-VL-8B"], "Qwen2.5-VL-3B-Instruct"),
+        (["rollout.prompts_per_step=3"], "rollout.prompts_per_step=3 must be a multiple of"),
+        (["mesh.axes.width=[rows]"], "mesh.axes.width names 'rows'"),
+        (["mesh.axes.heads=[fsdp]"], "width and heads cannot both be spread over 'fsdp'"),
+    ],
+)
+@needs_libtpu
+def test_what_cannot_be_compiled_is_said_in_one_line(arguments, said, capsys):
+    options = ["compile", "--config", "configs/demo.yaml"]
+    if "--topology" not in arguments:
+        options += ["--topology", "v5e:2x2"]
+    with pytest.raises(SystemExit) as exit:
+        main([*options, *arguments])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
