@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     # JAX, TensorFlow-free TFDS and gRPC log to stderr on their own; a user should see this program's lines.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # A run that goes on, on this machine or another with the same cache, need not compile again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache_folder(), "compilations"))
     try:
         options.run(options)
     except (InputError, RunFailure) as error:
@@ -38,6 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"revseg: error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+
+
+def cache_folder() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "revseg_jax")
 
 
 def parser() -> Parser:
@@ -154,6 +160,9 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     config = load(options)
+    from revseg_jax.parallel.startup import start_processes
+
+    print(f"revseg: {start_processes()}", file=sys.stderr)
     from revseg_jax import train
 
     train.main(config)
