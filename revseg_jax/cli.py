@@ -162,7 +162,7 @@ def run_train(options: argparse.Namespace) -> None:
     config = load(options)
     from revseg_jax.parallel.startup import start_processes
 
-    print(f"revseg: {start_processes()}", file=sys.stderr)
+    print(start_processes())
     from revseg_jax import train
 
     train.main(config)
