@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
         import absl.logging
 
         absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs tracebacks of errors that it then raises
+    # A run that goes on, on this machine or another with the same cache, need not compile again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache_folder(), "compilations"))
+    spare_absent_tpus()
     try:
         options.run(options)
     except (InputError, RunFailure) as error:
@@ -44,6 +48,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"revseg: error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+
+
+def spare_absent_tpus() -> None:
+    """Where libtpu is installed only to compile for TPUs, JAX would look for chips and complain on stderr."""
+    from revseg_jax.parallel.startup import tpu_attached
+
+    installed = [name for name in ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin") if find_spec(name)]
+    if installed == ["libtpu"] and not tpu_attached():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def cache_folder() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "revseg_jax")
 
 
 def parser() -> Parser:
@@ -173,10 +190,9 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     config = load(options)
-    if os.environ.get("REVSEG_COORDINATOR"):
-        from revseg_jax.parallel.processes import join
+    from revseg_jax.parallel.startup import start_processes
 
-        join(*(os.environ["REVSEG_COORDINATOR"], *(int(os.environ[f"REVSEG_PROCESS_{n}"]) for n in ("COUNT", "ID"))))
+    print(start_processes())
     from revseg_jax import train
 
     train.main(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revseg_jax.checkpoints import Checkpoints
+from revseg_jax.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.config import Config
 
 
@@ -13,7 +13,8 @@ class RunFollower:
     """What `RunFolder` is to the first process of a run; that one alone checks, locks and writes."""
 
     def __init__(self, config: Config):
-        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config.run.keep_checkpoints)
+        kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, {})
+        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", kept)
         self.resumes = self.checkpoints.latest_step() is not None
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:

@@ -22,7 +22,6 @@ Thing = TypeVar("Thing")
 
 FAILED = "revseg/failed"  # key under which the first process that fails says why
 ENDED = "revseg/ended"  # barrier
-HEARTBEAT_SECONDS = 20  # a process that is silent for so long counts as gone
 
 
 def leads() -> bool:
@@ -54,12 +53,6 @@ def mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
         name: sum(part.get(name, 0.0) for part in parts) / (1 if name.endswith("_count") else len(parts))
         for name in dict.fromkeys(name for part in parts for name in part)
     }
-
-
-def join(coordinator: str, count: int, index: int) -> None:
-    """Makes this process number `index` of `count`; coordinator: host:port at which process 0 listens."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # CPUs have no collectives of their own
-    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
 @contextmanager

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# gpu/node.sh
+# Trains on the GPUs of this machine, in one process; without tracker.endpoints in TRAIN_ARGUMENTS the trainer starts its own
+# sidecar on the first GPU, whose memory they share. Ctrl-C or SIGTERM saves and ends with exit code 75; the same command goes
+# on from the newest checkpoint, so a service manager may start it again for as long as it does not exit with 0 or 2.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+arguments "$@"
+no_arguments
+settings REVSEG MEMORY_FRACTION COMPILATION_CACHE
+tools "$REVSEG"
+
+export XLA_PYTHON_CLIENT_MEM_FRACTION=$MEMORY_FRACTION JAX_COMPILATION_CACHE_DIR=$COMPILATION_CACHE
+run exec "$HERE/preemptible.sh" "$REVSEG" train "${TRAIN_ARGUMENTS[@]}"
