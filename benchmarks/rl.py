@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,9 @@ def torch_model(small: bool) -> Qwen2_5_VLForConditionalGeneration:
 
 
 class Ours:
-    """Rollout and update with B prompts of G rollouts each: B = 1 shares the prefix, G = 1 repeats it."""
+    """Rollout and update with B prompts [B, length] of G rollouts each: B = 1 shares the prefix, G = 1 repeats it."""
 
-    def __init__(self, folder: Path, prompt: np.ndarray, prompts: int, group: int, answer: int):
+    def __init__(self, folder: Path, prompts: np.ndarray, group: int, answer: int):
         config = read_config(folder)
         policy = nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))
         load_weights(folder, policy, "float32")
@@ -86,13 +87,10 @@ class Ours:
         self.optimizer = optax.adamw(LEARNING_RATE)
         self.state = (params, jax.jit(self.optimizer.init)(params))
         self.answer, self.text = answer, config.text
-        self.prefix = jnp.asarray(np.tile(prompt[:-1], (prompts, 1)), jnp.int32)
-        self.last = jnp.full((prompts, group), int(prompt[-1]), jnp.int32)
-        self.keys = rollout_keys(0, 0, np.arange(prompts), group)
+        self.prefix = jnp.asarray(prompts[:, :-1], jnp.int32)
+        self.last = jnp.repeat(jnp.asarray(prompts[:, -1:], jnp.int32), group, axis=1)
+        self.keys = rollout_keys(0, 0, np.arange(len(prompts)), group)
         self.rollout_program = jax.jit(self._rollout)
-        self.update_program = jax.jit(self._update, donate_argnums=0)
-        self.update_program = self.update_program.lower(self.state, jax.eval_shape(self._rollout, self.state[0]))
-        self.update_program = self.update_program.compile()
 
     def _prefill(self, policy: Policy):
         prompts, length = self.prefix.shape
@@ -129,6 +127,11 @@ class Ours:
         value, gradients = jax.value_and_grad(loss)(params)
         updates, optimizer = self.optimizer.update(gradients, optimizer, params)
         return (optax.apply_updates(params, updates), optimizer), value
+
+    @cached_property
+    def update_program(self) -> jax.stages.Compiled:
+        update = jax.jit(self._update, donate_argnums=0)
+        return update.lower(self.state, jax.eval_shape(self._rollout, self.state[0])).compile()
 
     def rollout(self):
         return jax.block_until_ready(self.rollout_program(self.state[0]))
@@ -196,8 +199,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         group, answer = sizes["group"], sizes["answer"]
-        shared = Ours(Path(folder), prompt, 1, group, answer)
-        separate = Ours(Path(folder), prompt, group, 1, answer)
+        shared = Ours(Path(folder), prompt[None], group, answer)
+        separate = Ours(Path(folder), np.tile(prompt, (group, 1)), 1, answer)
     sides = {"shared_prefix": shared, "per_sample": separate, "torch": Torch(model, prompt, group, answer)}
 
     # The same model: torch's log-probabilities of what ours sampled.
