@@ -48,11 +48,27 @@ def written_out(query, key, value, segments, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_plain_attention_equals_softmax_written_out(shape, causal):
+@pytest.mark.parametrize("block", [512, 8])
+def test_plain_attention_equals_softmax_written_out(shape, causal, block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
     arrays = draw(shape)
     for ours, expected in zip(attention(*arrays, causal), written_out(*arrays, causal), strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_do_not_depend_on_the_blocks(causal, monkeypatch):
+    *parts, segments = draw(SHAPES[0])
+
+    def loss(*parts):
+        output, logsumexp = attention(*parts, segments, causal)
+        return jnp.sum(output**2) + jnp.sum(logsumexp**2)
+
+    whole = jax.grad(loss, (0, 1, 2))(*parts)
+    monkeypatch.setattr(module, "BLOCK", 5)
+    for blocked, expected in zip(jax.grad(loss, (0, 1, 2))(*parts), whole, strict=True):
+        np.testing.assert_allclose(blocked, expected, atol=1e-4, rtol=1e-4)
 
 
 def kernel_cases():

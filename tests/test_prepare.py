@@ -239,7 +239,7 @@ def test_damaged_run_lengths_never_pass(counts, height, width):
 
 
 def test_strict_stops_at_the_first_problem(tmp_path):
-    with pytest.raises(InputError, match="00001.jpg is no readable JPEG"):
+    with pytest.raises(InputError, match="00001.jpg .video bad_frame. is no readable JPEG"):
         prepared_clips("mevis", damaged_mevis, tmp_path, "valid_u", strict=True)
     assert not (tmp_path / "out").exists()
 

@@ -60,7 +60,8 @@ def get_benchmark(name: str) -> Benchmark:
 
 
 def find_data(folders: list[str], names: list[str]) -> dict[str, Path]:
-    """The prepared folder of each benchmark asked for; "all" stands for every one whose data is there.
+    """The prepared folder of each benchmark asked for, in the papers' order whatever the order of `names`; "all" stands
+    for every one whose data is there.
 
     folders: prepared ones, or folders that hold prepared ones. Raises InputError for a benchmark without data.
     """
@@ -70,7 +71,8 @@ def find_data(folders: list[str], names: list[str]) -> dict[str, Path]:
         for path in inner or [folder]:
             content = read_prepared(path)
             prepared |= {(content["dataset"], split): path for split in content["expressions"]}
-    chosen = list(BENCHMARKS.values()) if names == ["all"] else [get_benchmark(name) for name in names]
+    wanted = BENCHMARKS if names == ["all"] else {get_benchmark(name).name for name in names}
+    chosen = [benchmark for benchmark in BENCHMARKS.values() if benchmark.name in wanted]
     found = {b.name: prepared[b.dataset, b.split] for b in chosen if (b.dataset, b.split) in prepared}
     lacking = [benchmark for benchmark in chosen if benchmark.name not in found]
     if lacking and names != ["all"]:

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from revseg_jax.data.clip import Clip
+from revseg_jax.data.clip import Clip, decode_mask
+from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.benchmarks import Benchmark
 from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.tracker.client import Prompt, TrackerClient
@@ -34,9 +37,11 @@ def predict(
 ) -> Counter[str]:
     """Writes `folder`/predictions and `folder`/chains.jsonl; returns how many chains failed of which cause.
 
-    A failed chain gets all-zero masks. What a stopped run left is kept.
+    A failed chain gets all-zero masks. What a stopped run left is kept. Where the truth is public, the progress bar
+    shows the mean J&F of the expressions so far; the benchmark's own numbers are made from the files, later.
     """
     source = ClipSource([data], benchmark.split)
+    truth = read_prepared(data)["truth"][benchmark.split]
     root = folder / PREDICTIONS
     root.mkdir(parents=True, exist_ok=True)
     records = _finished(folder / CHAINS, root)
@@ -51,8 +56,8 @@ def predict(
     with bar, open(folder / CHAINS, "a") as log, ThreadPoolExecutor(2) as pool:
         for clips, batch, chains in answers(engine, params, source, todo, engine.encoder.chain, seed):
             prompts = tracker_prompts(clips, batch, chains)
-            written = pool.map(partial(_track_and_write, client, root), prompts)
-            for (clip, prompt), rollout, _ in zip(prompts, chains, written, strict=True):
+            scores = pool.map(partial(_track_and_write, client, root, truth), prompts)
+            for (clip, prompt), rollout, jf in zip(prompts, chains, scores, strict=True):
                 record = {
                     "video": clip.video_id,
                     "expression": clip.expression_id,
@@ -62,18 +67,26 @@ def predict(
                     "keyframe": prompt[0] if prompt else None,
                     "box": list(prompt[1]) if prompt else None,
                     "failure": failure_cause(rollout),
+                    "jf": jf,
                 }
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 records[clip.video_id, clip.expression_id] = record
                 bar.update()
+                if truth:
+                    bar.set_postfix({"J&F": f"{100 * np.mean([record['jf'] for record in records.values()]):.1f}"})
     return Counter(record["failure"] for record in records.values() if record["failure"])
 
 
-def _track_and_write(client: TrackerClient, root: Path, what: tuple[Clip, Prompt | None]) -> None:
+def _track_and_write(client: TrackerClient, root: Path, truth: bool, what: tuple[Clip, Prompt | None]) -> float | None:
+    """The J&F of the written masks; None without truth."""
     clip, prompt = what
-    folder = prediction_folder(root, clip.video_id, clip.expression_id)
-    write_prediction(folder, clip.frame_names, track(client, clip, prompt))
+    masks = track(client, clip, prompt)
+    write_prediction(prediction_folder(root, clip.video_id, clip.expression_id), clip.frame_names, masks)
+    if not truth:
+        return None
+    target = np.stack([decode_mask(rle, clip.height, clip.width) for rle in clip.masks])
+    return float((region_similarity(masks, target).mean() + contour_accuracy(masks, target).mean()) / 2)
 
 
 def _finished(log: Path, root: Path) -> dict[tuple[str, str], dict]:

@@ -16,6 +16,7 @@ from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attentio
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SHORT = 256  # slots; below it no kernel is chosen
+BLOCK = 512  # queries whose scores exist at a time in plain XLA
 MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
 
 
@@ -103,19 +104,38 @@ def suffix_attention(
     )(query, key, value, real, prefix)
 
 
-# Scores and weights are computed again in the backward pass: keeping them takes memory, and more time than it saves.
-# Without prevent_cse, so that inside a layer that is recomputed as a whole they are not computed a third time.
-@partial(jax.checkpoint, static_argnums=4, prevent_cse=False)
 def plain_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention` in plain XLA: the reference."""
+    """`attention` in plain XLA: the reference. Long rows are read in blocks of queries: few scores exist at a time, and
+    keys that no query of a causal block sees are left out."""
+    length = query.shape[1]
+    blocks = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        seen = stop if causal else length
+        own, keys = segments[:, start:stop], segments[:, :seen]
+        blocks.append(_block_attention(query[:, start:stop], key[:, :seen], value[:, :seen], own, keys, causal))
+    output, logsumexp = zip(*blocks, strict=True)
+    return jnp.concatenate(output, 1), jnp.concatenate(logsumexp, 1)
+
+
+# Scores and weights are computed again in the backward pass: keeping them takes memory, and more time than it saves.
+# Without prevent_cse, so that inside a layer that is recomputed as a whole they are not computed a third time.
+@partial(jax.checkpoint, static_argnums=5, prevent_cse=False)
+def _block_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, key_segments: jax.Array, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` of S queries over T keys; `causal`: the queries stand in the last S slots of the keys."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     rows, length, heads, width = query.shape
     key_heads = key.shape[2]
     grouped = query.reshape(rows, length, key_heads, heads // key_heads, width) * width**-0.5
     scores = jnp.einsum("nskrd,ntkd->nkrst", grouped, key, preferred_element_type=wide)
-    scores = jnp.where(visible(segments, causal)[:, None, None], scores, MASKED)
+    visible = segments[:, :, None] == key_segments[:, None, :]
+    if causal:
+        visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), key.shape[1] - length)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     mixed = jnp.einsum("nkrst,ntkd->nskrd", weights, value)
     logsumexp = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1)
@@ -137,12 +157,6 @@ def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> C
         )(query, key, value, segments)
 
     return local
-
-
-def visible(segments: jax.Array, causal: bool) -> jax.Array:
-    """bool [N, S, S]: which keys (last axis) each query sees."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return same & jnp.tril(jnp.ones(same.shape[1:], bool)) if causal else same
 
 
 def shared_prefix_attention(

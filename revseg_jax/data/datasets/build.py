@@ -69,16 +69,16 @@ def _frames(video: ListedVideo) -> tuple[list[bytes], tuple[int, int]]:
             content = path.read_bytes()
         except FileNotFoundError:
             raise _BadFrame("missing frame", f"{path} is missing (video {video.id})") from None
-        found = _size(content, path)
+        found = _size(content, path, video.id)
         if size not in (None, found):
             sizes = f"{found[1]}x{found[0]} pixels, the frames before {size[1]}x{size[0]}"
-            raise _BadFrame("frames of several sizes", f"{path} is {sizes}")
+            raise _BadFrame("frames of several sizes", f"{path} is {sizes} (video {video.id})")
         size = found
         frames.append(content)
     return frames, size
 
 
-def _size(content: bytes, path: Path) -> tuple[int, int]:
+def _size(content: bytes, path: Path, video: str) -> tuple[int, int]:
     """Height and width of a JPEG that can be decoded to its end."""
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
@@ -86,5 +86,5 @@ def _size(content: bytes, path: Path) -> tuple[int, int]:
             image.draft("L", (width // 8, height // 8))  # reads all of it, but computes few pixels
             image.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise _BadFrame("unreadable frame", f"{path} is no readable JPEG: {error}") from None
+        raise _BadFrame("unreadable frame", f"{path} (video {video}) is no readable JPEG: {error}") from None
     return height, width

@@ -83,7 +83,7 @@ def palette_masks(
     try:
         images = [_image(file, height, width) for file in files]
     except InputError as error:
-        return dict.fromkeys(objects, Problem("bad mask", video, str(error)))
+        return dict.fromkeys(objects, Problem("bad mask", video, f"video {video}: {error}"))
     found: dict[str, Masks | Problem] = {}
     for name in objects:
         if name.isdecimal() and 0 < int(name) < VOID_PIXEL:
@@ -101,7 +101,7 @@ def image_masks(video: str, objects: dict[str, Sequence[Path]], height: int, wid
         try:
             found[name] = [encode_mask(_image(file, height, width) > 0) for file in files]
         except InputError as error:
-            found[name] = Problem("bad mask", video, str(error))
+            found[name] = Problem("bad mask", video, f"video {video}: {error}")
     return found
 
 
