@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.paths import cache_folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,10 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"revseg: error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
-
-
-def cache_folder() -> str:
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "revseg_jax")
 
 
 def parser() -> Parser:
@@ -130,6 +127,9 @@ def parser() -> Parser:
     sidecar.add_argument("--check", action="store_true", help="exit 0 when a sidecar serves there, else 1")
     sidecar.add_argument("--tls-ca", metavar="PEM", help="with --check: the authority of the sidecar's certificate")
     sidecar.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # ends when that process is gone
+
+    doctor = command("doctor", run_doctor, "Say what this machine has and what is missing, with the remedies.")
+    configurable(doctor)
 
     verify = command("verify", run_verify, "Take a run's first steps again and compare them bit for bit.")
     verify.add_argument("folder", metavar="RUN")
@@ -253,6 +253,13 @@ def run_sidecar(options: argparse.Namespace) -> None:
             metrics_port=options.metrics_port,
         )
     )
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    config = load(options, ["run.dir=."])
+    from revseg_jax import doctor
+
+    doctor.main(config)
 
 
 def run_verify(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from tensorboardX import SummaryWriter
 from revseg_jax.checkpoints import Checkpoints
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.mirror import Mirror
 
 PACKAGES = (
     "revseg-jax",
@@ -55,12 +56,15 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, fingerprints: list[str]):
-        self.path = Path(config.run.dir)
+        self._mirror = Mirror(config.run.dir)
+        self.path = self._mirror.local
         try:
             for name in ("traces", "checkpoints"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep_checkpoints)
+            self._mirror.pull()
+            folder = self._mirror.folder / "checkpoints"
+            self.checkpoints = Checkpoints(folder, config.run.keep_checkpoints, before_save=self._mirror.push)
             self.resumes = self.checkpoints.latest_step() is not None
             if self.resumes:
                 self._check_same(config)
@@ -139,6 +143,7 @@ class RunFolder:
             if self._tensorboard is not None:
                 self._tensorboard.close()
             self._lock.close()
+        self._mirror.push()
 
 
 def _settings(config: Config) -> dict[str, str]:
