@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from revseg_jax.errors import RunFailure
+from revseg_jax.paths import AnyPath, absolute
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,14 @@ def best_steps(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, of which those that `kept` names stay."""
+    """The folder of a run's checkpoints, of which those that `kept` names stay.
 
-    def __init__(self, folder: Path, kept: NewestAndBest):
-        self.folder = folder.absolute()
+    before_save: what has to be safe when the checkpoint is; it may raise RunFailure.
+    """
+
+    def __init__(self, folder: AnyPath, kept: NewestAndBest, before_save: Callable[[], None] = lambda: None):
+        self.folder = absolute(folder)
+        self._before_save = before_save
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=kept,
             create=True,
@@ -64,6 +68,7 @@ class Checkpoints:
 
         Raises RunFailure when this or the previous checkpoint could not be written; older ones stay as they are.
         """
+        self._before_save()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator))
         try:
             self._manager.save(step, args=items)
@@ -92,10 +97,11 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """The step is going to be saved again: its damaged folder makes room but is not deleted."""
         self._manager.close()
-        aside = self.folder.parent / "damaged"
+        aside = epath.Path(self.folder.parent) / "damaged"
         aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        shutil.move(self.folder / str(step), aside / str(step))
+        (aside / ".folder").write_text("")  # a store has only the folders in which something lies
+        (aside / str(step)).rmtree(missing_ok=True)
+        (epath.Path(self.folder) / str(step)).rename(aside / str(step))
         self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
     def close(self) -> None:

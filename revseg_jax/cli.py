@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.paths import cache_folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,10 +58,6 @@ def spare_absent_tpus() -> None:
     installed = [name for name in ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin") if find_spec(name)]
     if installed == ["libtpu"] and not tpu_attached():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def cache_folder() -> str:
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "revseg_jax")
 
 
 def parser() -> Parser:
@@ -158,6 +155,9 @@ def parser() -> Parser:
     sidecar.add_argument("--check", action="store_true", help="exit 0 when a sidecar serves there, else 1")
     sidecar.add_argument("--tls-ca", metavar="PEM", help="with --check: the authority of the sidecar's certificate")
     sidecar.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # ends when that process is gone
+
+    doctor = command("doctor", run_doctor, "Say what this machine has and what is missing, with the remedies.")
+    configurable(doctor)
 
     verify = command("verify", run_verify, "Take a run's first steps again and compare them bit for bit.")
     verify.add_argument("folder", metavar="RUN")
@@ -300,6 +300,13 @@ def run_sidecar(options: argparse.Namespace) -> None:
             host_feature_mebibytes=options.host_feature_mebibytes,
         )
     )
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    config = load(options, ["run.dir=."])
+    from revseg_jax import doctor
+
+    doctor.main(config)
 
 
 def run_verify(options: argparse.Namespace) -> None:

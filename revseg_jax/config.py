@@ -8,6 +8,8 @@ adds the checks that involve more than one field. Every default here is the pape
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from revseg_jax.errors import InputError
+from revseg_jax.paths import path_of
 
 TURN1_PROMPT = (
     'The video lasts {seconds:.1f} seconds and is shown as {frames} frames at fps={fps:g}. Question: "{query}"\n'
@@ -209,14 +212,14 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
     Raises InputError in one line: a missing or unreadable file, an unknown key, a value of the wrong type, or a
     combination of fields that cannot work.
     """
-    paths = [path] if isinstance(path, str | Path) else path or []
+    paths = [path] if isinstance(path, str | os.PathLike) else path or []
     path = None  # the one being read
     try:
         tree = OmegaConf.structured(Config)
         for node in (tree, *tree.values(), tree.learner.ppo, tree.mesh.axes):
             OmegaConf.set_readonly(node, False)  # frozen dataclasses give read-only nodes, and merging writes
         for path in paths:
-            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+            tree = OmegaConf.merge(tree, OmegaConf.load(io.StringIO(path_of(path).read_text("utf-8"))))
         path = paths[0] if len(paths) == 1 else None
         for override in overrides:
             if "=" not in override:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
+from revseg_jax.paths import absolute, path_of
 from revseg_jax.policy.checkpoint import load_policy, save_policy
 from revseg_jax.rollout.loading import split_policy
 
 
 def main(run: str, out: str) -> None:
     """Writes the newest checkpoint of the run folder `run` to the new folder `out` and prints its path."""
-    folder = Path(run)
+    folder = path_of(run)
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is not a run folder: it has no config.yaml")
     config = load_config(folder / "config.yaml")
     loaded = load_policy(config.policy.path, config.policy.dtype, config.policy.param_dtype)
     graphdef, trained, frozen = split_policy(loaded.policy, config.learner.freeze_vision)
-    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as checkpoints:
+    with ocp.CheckpointManager(absolute(folder / "checkpoints")) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise InputError(f"{folder} has no checkpoint yet")

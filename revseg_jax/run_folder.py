@@ -20,6 +20,7 @@ from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.manifest import changed_conditions, manifest
 from revseg_jax.metrics_writer import MetricsWriter, append_line
+from revseg_jax.mirror import Mirror
 
 # What a continued run may have otherwise: how long and how often, where it is and on which devices, and how it reaches
 # its sidecars. Only the mesh and the size of microbatches may change the bits, and those by rounding alone.
@@ -41,14 +42,17 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, fingerprints: list[str]):
-        self.path = Path(config.run.dir)
+        self._mirror = Mirror(config.run.dir)
+        self.path = self._mirror.local
         try:
             for name in ("traces", "checkpoints"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
+            self._mirror.pull()
             self.scores: dict[int, float] = {}  # J&F of the evaluations of this run so far, by step
             kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, self.scores)
-            self.checkpoints = Checkpoints(self.path / "checkpoints", kept)
+            folder = self._mirror.folder / "checkpoints"
+            self.checkpoints = Checkpoints(folder, kept, before_save=self._mirror.push)
             self.resumes = self.checkpoints.latest_step() is not None
             conditions = manifest(config, fingerprints)
             if self.resumes:
@@ -163,6 +167,7 @@ class RunFolder:
         finally:
             self._writer.close()
             self._lock.close()
+        self._mirror.push()
 
 
 def evaluation_scores(folder: Path) -> dict[int, float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from revseg_jax.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.config import Config
+from revseg_jax.paths import path_of
 
 
 class RunFollower:
@@ -14,7 +14,7 @@ class RunFollower:
 
     def __init__(self, config: Config):
         kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, {})
-        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", kept)
+        self.checkpoints = Checkpoints(path_of(config.run.dir) / "checkpoints", kept)
         self.resumes = self.checkpoints.latest_step() is not None
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:

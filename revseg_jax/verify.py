@@ -12,6 +12,7 @@ from revseg_jax.config import load_config
 from revseg_jax.determinism import use_deterministic_kernels
 from revseg_jax.digests import STAGES
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.paths import path_of
 from revseg_jax.rewards.total import weights_from
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client, train
@@ -20,7 +21,7 @@ from revseg_jax.train import tracker_client, train
 def main(run: str, steps: int) -> None:
     """Prints one line when the first `steps` steps are the same; else raises RunFailure that names the first step and
     stage (data, tokens, rewards, update) that differ."""
-    folder = Path(run)
+    folder = path_of(run)
     recorded = read_digests(folder)
     steps = min(steps, len(recorded))
     if steps < 1:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from revseg_jax.errors import InputError
+from revseg_jax.paths import path_of
 
 DECISIONS = "filter.json"
 
 
 def read_dropped(folder: str | Path, split: str) -> set[str]:
     """Ids of the videos of a split that are left out. Raises InputError when the file is damaged."""
-    path = Path(folder) / DECISIONS
+    path = path_of(folder) / DECISIONS
     if not path.exists():
         return set()
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from revseg_jax.errors import InputError
+from revseg_jax.paths import path_of
 
 MARKER = "prepared.json"
 FORMAT = 2
@@ -17,7 +18,7 @@ FORMAT = 2
 
 def read_prepared(folder: str | Path) -> dict[str, Any]:
     """The content of `prepared.json`: settings, fingerprint, splits. Raises InputError in one line."""
-    path = Path(folder) / MARKER
+    path = path_of(folder) / MARKER
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
 
@@ -77,8 +78,17 @@ def find_processes(environment: Mapping[str, str], tpu: bool) -> Processes:
 def tpu_attached() -> bool:
     """Whether this machine has TPU chips that JAX may use."""
     allowed = os.environ.get("JAX_PLATFORMS", "")
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and (not allowed or "tpu" in allowed) and importlib.util.find_spec("libtpu") is not None
+    return tpu_chips() and (not allowed or "tpu" in allowed) and importlib.util.find_spec("libtpu") is not None
+
+
+def tpu_chips() -> bool:
+    """Whether this machine has TPU chips. A passed-through GPU has the same kind of file, but Google's vendor number
+    0x1ae0 is a TPU's (or a network card's, which is on every machine in their cloud)."""
+    if glob.glob("/dev/accel[0-9]*"):
+        return True
+    return bool(glob.glob("/dev/vfio/[0-9]*")) and any(
+        Path(path).read_text().strip() == "0x1ae0" for path in glob.glob("/sys/bus/pci/devices/*/vendor")
+    )
 
 
 def _explicit(environment: Mapping[str, str]) -> Processes:

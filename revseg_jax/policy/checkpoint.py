@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from revseg_jax.config import AxesConfig, ChainConfig, to_yaml
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.parallel.sharding import Placement, place
+from revseg_jax.paths import is_remote, local_copy, path_of, upload
 from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import from_hf, read_config, to_hf
 from revseg_jax.policy.conversation import conversation_logits
@@ -83,10 +85,12 @@ class LoadedPolicy:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """The folder itself, or that of the tiny policy shipped with the package for "embedded"."""
+    """The folder itself, a local copy of a remote one, or that of the tiny policy shipped with the package for
+    "embedded"."""
     if str(path) == "embedded":
         return Path(str(importlib.resources.files("revseg_jax"))) / "assets" / "policy"
-    return Path(path)
+    folder = path_of(path)
+    return local_copy(folder) if folder.is_dir() else folder
 
 
 def load_policy(
@@ -158,9 +162,14 @@ def save_policy(
     describes this policy. dtype: of the stored weights, default that of the parameters. The folder appears complete or
     not at all; one that exists and is not empty is an InputError. A full disk or unwritable place is a RunFailure.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already: give a new folder to save the policy into")
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory() as local:
+            save_policy(policy, Path(local) / "policy", source_folder, chain, dtype)
+            upload(Path(local) / "policy", folder, last="config.json")
+        return
     dtype = dtype or str(policy.text.embedding.dtype)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:

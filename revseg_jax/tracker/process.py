@@ -24,14 +24,17 @@ def open_tracker(config: TrackerConfig) -> Iterator[TrackerClient]:
     """A client of the configured sidecars, or of one started here for as long as the block lasts."""
     started = run_sidecar(config.checkpoint, config.config, threads=config.threads or None)
     with nullcontext() if config.endpoints else started as endpoint:
-        token = tls = None
-        if config.endpoints and config.token_file:
-            token = read_token(config.token_file)
-        if config.endpoints and (config.tls_ca or config.tls_certificate or config.tls_key):
-            tls = TLS(config.tls_ca or None, config.tls_certificate or None, config.tls_key or None)
+        token, tls = credentials(config) if config.endpoints else (None, None)
         endpoints = config.endpoints or [endpoint]
         with TrackerClient(endpoints, config.deadline_seconds, config.patience, token=token, tls=tls) as client:
             yield client
+
+
+def credentials(config: TrackerConfig) -> tuple[str | None, TLS | None]:
+    """The token and the TLS files for the configured sidecars. Raises InputError for files that cannot be used."""
+    token = read_token(config.token_file) if config.token_file else None
+    files = config.tls_ca or None, config.tls_certificate or None, config.tls_key or None
+    return token, TLS(*files) if any(files) else None
 
 
 @contextmanager
