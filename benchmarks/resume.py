@@ -52,20 +52,29 @@ def kill_at_random(command: Sequence[str], folder: Path, kills: int, rng: np.ran
 
 
 def _wait_for_a_moment(process: subprocess.Popen, folder: Path, saving: bool, rng: np.random.Generator) -> str:
-    def steps() -> int:
-        return len(read_lines(folder / "digests.jsonl"))
+    manifest, metrics = folder / "run.json", folder / "metrics.jsonl"
 
     def until(condition) -> None:
         while not condition() and process.poll() is None:
             time.sleep(POLL_SECONDS)
 
+    def steps() -> int:
+        return len(read_lines(metrics))
+
+    def changed(path: Path) -> int:
+        try:
+            return path.stat().st_ctime_ns
+        except FileNotFoundError:
+            return 0
+
+    before = changed(manifest)
+    until(lambda: changed(manifest) > before)
+    begun = changed(manifest)  # what was left half-written by the process before is older
     if saving:
-        until(lambda: any((folder / "checkpoints").glob("*orbax-checkpoint-tmp*")))
+        unfinished = "checkpoints/*orbax-checkpoint-tmp*"
+        until(lambda: any(changed(path) > begun for path in folder.glob(unfinished)))
         return f"while a checkpoint was written, {steps()} steps done"
-    # What was logged after the last checkpoint is dropped at the start: the file must have been rewritten first.
-    begun = (folder / "run.json").stat().st_mtime_ns if (folder / "run.json").exists() else 0
-    until(lambda: (folder / "run.json").exists() and (folder / "run.json").stat().st_mtime_ns > begun)
-    goal, times = steps() + int(rng.integers(0, 3)), [row["time"] for row in read_lines(folder / "metrics.jsonl")]
+    goal, times = steps() + int(rng.integers(0, 3)), [row["time"] for row in read_lines(metrics)]
     step_seconds = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
     until(lambda: steps() >= goal)
     part = float(rng.random())
