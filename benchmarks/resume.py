@@ -32,12 +32,11 @@ def training(folder: Path, overrides: Sequence[str]) -> list[str]:
     return [*command, f"run.dir={folder}", *overrides]
 
 
-def run_with_kills(command: Sequence[str], folder: Path, kills: int, rng: np.random.Generator) -> list[str]:
-    """Starts the command again and again until it has been killed `kills` times, then lets it end.
+def kill_at_random(command: Sequence[str], folder: Path, kills: int, rng: np.random.Generator) -> list[str]:
+    """Starts the command again and again until it has been killed `kills` times; returns when it was, in words.
 
     Every third kill waits for a checkpoint that is being written, the others for up to 2 more steps and a random part
-    of a step. Returns what was killed, in words, and as the last one what the command printed. Raises RuntimeError when
-    it fails, or ends before all kills are done.
+    of a step. Raises RuntimeError when the command fails, or ends before it is killed.
     """
     history = []
     while len(history) < kills:
@@ -49,27 +48,33 @@ def run_with_kills(command: Sequence[str], folder: Path, kills: int, rng: np.ran
             said, _ = process.communicate()
         if process.returncode != -9:
             raise RuntimeError(f"it ended with {process.returncode} before kill {len(history)}: {said.strip()}")
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip())
-    return [*history, done.stdout.strip()]
+    return history
 
 
 def _wait_for_a_moment(process: subprocess.Popen, folder: Path, saving: bool, rng: np.random.Generator) -> str:
-    def steps() -> int:
-        return len(read_lines(folder / "digests.jsonl"))
+    manifest, metrics = folder / "run.json", folder / "metrics.jsonl"
 
     def until(condition) -> None:
         while not condition() and process.poll() is None:
             time.sleep(POLL_SECONDS)
 
+    def steps() -> int:
+        return len(read_lines(metrics))
+
+    def changed(path: Path) -> int:
+        try:
+            return path.stat().st_ctime_ns
+        except FileNotFoundError:
+            return 0
+
+    before = changed(manifest)
+    until(lambda: changed(manifest) > before)
+    begun = changed(manifest)  # what was left half-written by the process before is older
     if saving:
-        until(lambda: any((folder / "checkpoints").glob("*orbax-checkpoint-tmp*")))
+        unfinished = "checkpoints/*orbax-checkpoint-tmp*"
+        until(lambda: any(changed(path) > begun for path in folder.glob(unfinished)))
         return f"while a checkpoint was written, {steps()} steps done"
-    # What was logged after the last checkpoint is dropped at the start: the file must have been rewritten first.
-    begun = (folder / "run.json").stat().st_mtime_ns if (folder / "run.json").exists() else 0
-    until(lambda: (folder / "run.json").exists() and (folder / "run.json").stat().st_mtime_ns > begun)
-    goal, times = steps() + int(rng.integers(0, 3)), [row["time"] for row in read_lines(folder / "metrics.jsonl")]
+    goal, times = steps() + int(rng.integers(0, 3)), [row["time"] for row in read_lines(metrics)]
     step_seconds = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
     until(lambda: steps() >= goal)
     part = float(rng.random())
@@ -125,13 +130,14 @@ def main() -> None:
         subprocess.run([*prepare, "--clips", "100", "8"], check=True, stdout=sys.stderr)
         options = [f"data.train=[{clips}]", f"run.steps={arguments.steps}", "run.checkpoint_every=2"]
         options += ["run.traces_every=1", *arguments.overrides]
-        alone = subprocess.run(training(straight, options), stdout=subprocess.PIPE, text=True, check=True)
-        begin = time.monotonic()
-        rng = np.random.default_rng(arguments.seed)
-        *history, said = run_with_kills(training(killed, options), killed, arguments.kills, rng)
+        finish = {"stdout": subprocess.PIPE, "text": True, "check": True}
+        alone = subprocess.run(training(straight, options), **finish).stdout.strip()
+        begin, rng = time.monotonic(), np.random.default_rng(arguments.seed)
+        history = kill_at_random(training(killed, options), killed, arguments.kills, rng)
+        said = subprocess.run(training(killed, options), **finish).stdout.strip()
         found = differences(straight, killed)
-        if said != alone.stdout.strip():
-            found.append(f"parameters: {said!r} and {alone.stdout.strip()!r}")
+        if said != alone:
+            found.append(f"parameters: {said!r} and {alone!r}")
         result = {"command": " ".join(sys.argv), "steps": arguments.steps, "kills": history, "last_line": said}
         result |= {"seconds": round(time.monotonic() - begin, 1), "differences": found}
         print(json.dumps(result, indent=2))

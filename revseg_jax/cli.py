@@ -166,6 +166,7 @@ def parser() -> Parser:
     export = command("export", run_export, "Write a run's policy in Hugging Face layout.")
     export.add_argument("folder", metavar="RUN")
     export.add_argument("--out", required=True)
+    export.add_argument("--best", action="store_true", help="the checkpoint with the best J&F, not the newest")
 
     report = command("report", run_report, "Write a run's report.html, or comparison.html beside several runs.")
     report.add_argument("folders", metavar="RUN", nargs="+")
@@ -318,7 +319,7 @@ def run_verify(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from revseg_jax import export
 
-    export.main(options.folder, options.out)
+    export.main(options.folder, options.out, options.best)
 
 
 def run_report(options: argparse.Namespace) -> None:

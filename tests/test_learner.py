@@ -323,6 +323,42 @@ def assert_same_parameters(a, b, atol, outliers=0.0):
     assert np.mean(np.concatenate(differences) > atol) <= outliers
 
 
+def test_updates_that_are_not_finite_are_left_out_and_counted(step):
+    """By minibatches of one prompt: what is wrong with one prompt does not keep the other from teaching."""
+    config, loaded, batch = step
+    learner = make_learner(loaded.engine.graphdef, replace(config, minibatches=2), loaded.engine.encoder.layout)
+    state = learner.init(jax.tree.map(jnp.copy, loaded.trained))
+    scores = learner.score(state, loaded.trained, loaded.frozen, batch)
+    rewards = np.stack([np.zeros_like(ADVANTAGES), ADVANTAGES], -1)
+    experience = make_experience(learner.config, learner.layout, batch, scores, rewards)
+
+    def after(state, prompts, factor):
+        scale = np.ones((2, 1, 1), np.float32)
+        scale[prompts] = factor
+        before = jax.tree.map(np.array, (state.trained, state.optimizer))
+        state, metrics = learner.update(
+            state, loaded.frozen, experience._replace(advantages=experience.advantages * scale)
+        )
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves((state.trained, state.optimizer)), strict=True)
+        same = all(np.array_equal(a, b) for a, b in pairs)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.trained))
+        return state, same, (int(metrics["skipped_updates"]), int(state.bad_steps), int(state.step))
+
+    state, same, counts = after(state, [0, 1], np.nan)
+    assert same and counts == (2, 1, 1)
+    state, same, counts = after(state, [0, 1], 1e30)  # the loss is finite, the norm of its gradient is not
+    assert same and counts == (2, 2, 2)
+    state, same, counts = after(state, [1], np.nan)
+    assert not same and counts == (1, 3, 3)
+    state, same, counts = after(state, [], 1)
+    assert not same and counts == (0, 0, 4)
+
+    # Nothing was generated, and nothing is divided by nothing.
+    nothing = experience._replace(batch=batch._replace(generated=np.zeros_like(batch.generated)))
+    state, metrics = learner.update(state, loaded.frozen, nothing)
+    assert all(np.isfinite(value) for value in metrics.values()) and int(metrics["skipped_updates"]) == 0
+
+
 def test_update_follows_the_advantages(step):
     config, loaded, batch = step
     learner, state, (metrics,) = updated(config, step)

@@ -13,12 +13,15 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.resume import differences, examples_used, kill_at_random, training
 from revseg_jax import train, verify
 from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.interruption import Interrupted, heed_sigterm
 from revseg_jax.rollout.loading import load_engine
 
+STEPS = 8
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
 # No tracker: the sidecar's part in a stopped run is tested with the sidecar.
 SMALL = ["rollout.prompts_per_step=1", "rollout.group_size=2", "rewards.mask=0", "run.traces_every=1"]
@@ -43,7 +46,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def straight(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, run(clips, folder, 4, "run.checkpoint_every=1")
+    return folder, run(clips, folder, STEPS, "run.checkpoint_every=1")
 
 
 def digests(folder):
@@ -58,11 +61,11 @@ def assert_same_parameters(one, other):
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(straight, clips, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)
-    newest = folder / "checkpoints" / "4"
+    newest = folder / "checkpoints" / str(STEPS)
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    state = run(clips, folder, 4, "run.checkpoint_every=1")
-    assert "damaged" in capsys.readouterr().err and (folder / "damaged" / "4").is_dir()
+    state = run(clips, folder, STEPS, "run.checkpoint_every=1")
+    assert "damaged" in capsys.readouterr().err and (folder / "damaged" / str(STEPS)).is_dir()
     assert_same_parameters(straight[1], state)
     assert digests(folder) == digests(straight[0])
 
@@ -70,10 +73,41 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(straig
 def test_sidecars_may_move_between_a_run_and_its_continuation(straight, clips, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)
-    state = run(clips, folder, 4, "run.checkpoint_every=2", "tracker.endpoints=[a:1,b:2]", "tracker.patience=5")
+    state = run(clips, folder, STEPS, "run.checkpoint_every=2", "tracker.endpoints=[a:1,b:2]", "tracker.patience=5")
     assert_same_parameters(straight[1], state)
     with pytest.raises(InputError, match="rollout.group_size: 2 -> 3"):
-        run(clips, folder, 4, "rollout.group_size=3")
+        run(clips, folder, STEPS, "rollout.group_size=3")
+    starts = json.loads((folder / "run.json").read_text())["earlier_starts"]
+    assert [start["command"] for start in starts] == [sys.argv]
+
+
+def test_a_run_does_not_go_on_with_other_data(straight, clips, tmp_path):
+    folder, others = tmp_path / "run", tmp_path / "clips"
+    shutil.copytree(straight[0], folder)
+    prepare_synthetic(others, "easy", 4, 2, seed=4, progress=False)
+    shutil.move(clips, tmp_path / "aside")
+    try:
+        shutil.copytree(others, clips)
+        with pytest.raises(InputError, match="other data"):
+            run(clips, folder, STEPS)
+    finally:
+        shutil.rmtree(clips)
+        shutil.move(tmp_path / "aside", clips)
+
+
+def test_steps_that_are_not_finite_stop_the_run_with_their_batch(clips, tmp_path):
+    """The first update is finite and throws the parameters far away: nothing after it is."""
+    folder, options = tmp_path / "run", ["learner.learning_rate=1e30", "learner.max_bad_steps=2"]
+    with pytest.raises(RunFailure, match="2 steps in a row .* step 3 is saved") as error:
+        run(clips, folder, STEPS, *options)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learner/bad_steps"] for row in rows] == [0, 1, 2]
+    assert rows[0]["learner/loss"] is not None and rows[2]["learner/loss"] is None  # JSON has no NaN
+    batch = np.load(folder / "bad_batch_000003.npz")
+    assert str(folder / "bad_batch_000003.npz") in str(error.value)
+    assert batch["tokens"].shape[:2] == (1, 2) and batch["rewards"].shape == (1, 2, 2)
+    with pytest.raises(RunFailure, match="3 steps in a row .* step 4 is saved"):
+        run(clips, folder, STEPS, *options)
 
 
 def test_without_any_sound_checkpoint_the_run_stops_in_one_line(straight, clips, tmp_path):
@@ -102,10 +136,10 @@ def test_verify_repeats_the_first_steps_and_names_the_first_difference(straight,
 
 @pytest.fixture(scope="module")
 def command(clips):
-    def start(folder, steps, *extra):
+    def start(folder, steps, *extra, environment=()):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         arguments = overrides(clips, folder, steps, *extra)
-        command = [sys.executable, "-m", "revseg_jax.cli", "train", "--config", str(CONFIG), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(training(folder, arguments), env=os.environ | dict(environment), **pipes)
 
     return start
 
@@ -118,27 +152,62 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.01)
 
 
-def test_kill_and_sigterm_change_nothing(straight, clips, command, tmp_path):
-    """Killed after a checkpoint, then told to stop, then finished: as if nothing had happened."""
+def test_kills_and_sigterm_change_nothing(straight, clips, command, tmp_path):
+    """Killed at three moments, one of them while a checkpoint is written, then told to stop, then finished."""
     folder = tmp_path / "run"
-    killed = command(folder, 4, "run.checkpoint_every=1")
-    wait_for(lambda: (folder / "checkpoints" / "1").is_dir(), killed)
-    killed.kill()
-    killed.communicate()
+    arguments = overrides(clips, folder, STEPS, "run.checkpoint_every=1")
+    kill_at_random(training(folder, arguments), folder, kills=3, rng=np.random.default_rng(1))
 
     before = len(digests(folder))
-    ended = command(folder, 4, "run.checkpoint_every=100")
+    ended = command(folder, STEPS, "run.checkpoint_every=100")
     wait_for(lambda: len(digests(folder)) != before, ended)
     ended.send_signal(signal.SIGSTOP)  # so that it has not ended yet, however long the next lines take
     with pytest.raises(InputError, match="another process"):
-        run(clips, folder, 4)
+        run(clips, folder, STEPS)
     ended.send_signal(signal.SIGTERM)
     ended.send_signal(signal.SIGCONT)
     _, words = ended.communicate(timeout=300)
     assert ended.returncode == 0, words
 
-    state = run(clips, folder, 4, "run.checkpoint_every=1")
+    state = run(clips, folder, STEPS, "run.checkpoint_every=1")
     assert_same_parameters(straight[1], state)
-    assert digests(folder) == digests(straight[0])
-    traces = sorted(path.name for path in (folder / "traces").glob("*.jsonl"))
-    assert traces == sorted(path.name for path in (straight[0] / "traces").glob("*.jsonl"))
+    assert differences(straight[0], folder) == []
+    metrics = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics == list(range(1, STEPS + 1))
+    assert sum(examples_used(folder).values()) == 2 * STEPS  # of the group
+
+
+def test_sigterm_ends_an_evaluation_at_once():
+    with heed_sigterm() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested
+        with pytest.raises(Interrupted), interruption.at_once():
+            raise AssertionError("it has been asked for before")
+    with heed_sigterm() as interruption:
+        with pytest.raises(Interrupted), interruption.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal did not come")
+        os.kill(os.getpid(), signal.SIGTERM)  # outside it is only noted
+
+
+@pytest.mark.slow
+def test_another_mesh_goes_on_with_the_same_tokens(clips, command, tmp_path):
+    """From 1 device to 8 (2 x 2 x 2) and back, with other microbatches: rounding is all that differs."""
+    sizes = ["rollout.prompts_per_step=4", "learner.learning_rate=1e-4"]
+    straight = run(clips, tmp_path / "straight", 4, *sizes)
+    folder = tmp_path / "run"
+    run(clips, folder, 2, *sizes)
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "learner.prompts_per_microbatch=4"]
+    _, words = command(folder, 3, *sizes, *mesh, environment=eight).communicate(timeout=600)
+    assert "mesh tensor 2 instead of 1; that may change its bits" in words
+    state = run(clips, folder, 4, *sizes, "learner.prompts_per_microbatch=2")
+    for ours, alone in zip(digests(folder), digests(tmp_path / "straight"), strict=True):
+        assert {name: ours[name] for name in ("data", "tokens", "rewards")} == {
+            name: alone[name] for name in ("data", "tokens", "rewards")
+        }
+    gaps = [
+        np.abs(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (straight.trained, state.trained)), strict=True)
+    ]
+    # Adam makes whole steps, of any sign, of gradients that are nothing but rounding.
+    assert np.mean(np.concatenate(gaps) > 1e-5) < 0.01

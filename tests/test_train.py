@@ -1,12 +1,14 @@
 """Training end to end, small: real clips, a real sidecar, real checkpoints."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks.resume import WALL_TIME
 from revseg_jax import export, train
 from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
@@ -15,6 +17,17 @@ from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
 
+MEASURES = set(
+    """
+    reward/total reward/format reward/temporal reward/spatial reward/mask reward/overlong reward/groups_without_spread
+    rollout/turns rollout/tokens rollout/tokens_turn1 rollout/tokens_turn2 rollout/tokens_longest rollout/truncated
+    rollout/padding rollout/wasted_decode_steps rollout/logprob_gap rollout/groups_replaced failures/any
+    learner/loss learner/kl learner/clip_fraction learner/entropy learner/gradient_norm learner/skipped_updates
+    learner/bad_steps seconds/data seconds/rollout seconds/reference seconds/reward_wait seconds/update
+    reward/wait_fraction data/wait_fraction speed/tokens_per_second speed/update_tflops_per_device speed/compilations
+    memory/host_gib
+    """.split()
+)
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=3", "rollout.prompts_per_batch=1", "run.traces_every=1"]
 
@@ -60,8 +73,38 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     assert len(traces) == 6
     assert np.mean([trace["reward"]["total"] for trace in traces]) == pytest.approx(metrics[-1]["reward/total"])
     assert np.mean([trace["reward"]["mask"] for trace in traces]) == pytest.approx(metrics[-1]["reward/mask"])
+    assert all(MEASURES <= row.keys() for row in metrics)
     manifest = json.loads((folder / "run.json").read_text())
     assert manifest["versions"]["jax"] == jax.__version__ and len(manifest["data_fingerprints"]) == 1
+    assert manifest["config"]["run"]["steps"] == 3 and manifest["seed"] == 0 and manifest["command"] == sys.argv
+    assert manifest["mesh"]["tensor"] == 1 and manifest["platform"] and manifest["device_kinds"]
+    assert len(manifest["git"]["revision"]) == 40 and manifest["git"]["clean"] in (True, False)
+
+
+def test_evaluations_keep_to_the_schedule_and_the_best_checkpoint_stays(clips, client, tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = [f"data.test=[{clips}]", "run.evaluate_every=2", "run.keep_checkpoints=1", "learner.learning_rate=3e-3"]
+    run(clips, client, folder, 3, *options)
+    evaluations = lines(folder / "evaluation.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    chains = [lines(folder / "traces" / f"eval_{step:06d}.jsonl") for step in (0, 2, 3)]
+    for row, traces in zip(evaluations, chains, strict=True):
+        assert row["jf"] == pytest.approx(50 * np.mean([trace["j"] + trace["f"] for trace in traces]))
+        assert {trace["step"] for trace in traces} == {row["step"]} and traces[0]["thumbs"]
+    asked = [[(trace["video_id"], trace["expression_id"]) for trace in traces] for traces in chains]
+    assert asked[0] == asked[1] == asked[2]
+    assert [a["answer1"] for a in chains[0]] != [a["answer1"] for a in chains[2]]
+    best = max((row["jf"], row["step"]) for row in evaluations[1:])[1]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {str(best), "3"}
+    export.main(str(folder), str(tmp_path / "hf"), best=True)
+    assert f"step {best} of" in capsys.readouterr().out
+
+    # Killed while it evaluated: the evaluation is made up for, the same to the last bit.
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations[:2]))
+    (folder / "traces/eval_000003.jsonl").unlink()
+    run(clips, client, folder, 3, *options)
+    assert lines(folder / "evaluation.jsonl") == evaluations
+    assert lines(folder / "traces/eval_000003.jsonl") == chains[2]
 
 
 def test_a_stopped_run_goes_on_to_the_same_parameters(finished, clips, client, tmp_path):
@@ -71,9 +114,8 @@ def test_a_stopped_run_goes_on_to_the_same_parameters(finished, clips, client, t
     state = run(clips, client, resumed, 3, "run.checkpoint_every=2")
     for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
-    drop = ("time", "seconds", "reward/wait_fraction")
     same = [
-        [{k: v for k, v in row.items() if not k.startswith(drop)} for row in lines(path / "metrics.jsonl")]
+        [{k: v for k, v in row.items() if not WALL_TIME.match(k)} for row in lines(path / "metrics.jsonl")]
         for path in (folder, resumed)
     ]
     assert same[0] == same[1]
