@@ -145,7 +145,7 @@ class Program:
             if opcode in FREE or opcode.endswith("-done"):
                 continue
             if opcode == "while":
-                trips = times * _trips(instruction, unknown_trips)
+                trips = times * self._trips(computation, instruction, unknown_trips)
                 for called in instruction.called():
                     found += self._work(called, trips, unknown_trips)
             elif opcode == "conditional":
@@ -157,6 +157,26 @@ class Program:
             else:
                 found += self._of(computation, instruction, times)
         return found
+
+    def _trips(self, computation: Computation, loop: Instruction, unknown: float) -> float:
+        """How often a loop runs: as the compiler says, or as a condition does that compares a counter with a number."""
+        said = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        if said:
+            return float(said[1])
+        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+        root = condition.root
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return unknown
+        counter, limit = (condition.instructions[name] for name in root.operands)
+        if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+            return unknown
+        begin = computation.instructions[loop.operands[0]]
+        if begin.opcode == "tuple":
+            place = int(re.search(r"index=(\d+)", counter.attributes)[1])
+            begin = computation.instructions[begin.operands[place]]
+        while begin.opcode in ("copy", "bitcast"):
+            begin = computation.instructions[begin.operands[0]]
+        return float(limit.operands[0]) - (float(begin.operands[0]) if begin.opcode == "constant" else 0.0)
 
     def _of(self, computation: Computation, instruction: Instruction, times: float) -> list[Work]:
         """The work of an instruction that calls nothing, or of a fusion."""
@@ -276,7 +296,7 @@ def _instruction(line: str) -> Instruction | None:
     opening = rest.index("(")
     closing = _closing(rest, opening)
     opcode, inside = rest[:opening], rest[opening + 1 : closing]
-    operands = (inside,) if opcode == "parameter" else tuple(_NAME.findall(inside))
+    operands = (inside,) if opcode in ("parameter", "constant") else tuple(_NAME.findall(inside))
     arrays = tuple(
         Array(dtype, tuple(map(int, sizes.split(","))) if sizes else (), "S(" not in layout)
         for dtype, sizes, layout in _ARRAY.findall(shape)
@@ -291,11 +311,6 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return match.start()
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
-
-
-def _trips(instruction: Instruction, unknown: float) -> float:
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-    return float(found[1]) if found else unknown
 
 
 def _collective(kind: str, instruction: Instruction, times: float) -> Work:

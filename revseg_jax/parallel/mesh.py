@@ -37,7 +37,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def _arrange(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(sizes)
-    slices = len({device.slice_index for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices})  # chips of one slice need not say so
     if slices != sizes[0]:
         raise InputError(f"mesh.slice={sizes[0]} must be the number of slices, {slices}")
     within = (1, *sizes[1:])

@@ -67,12 +67,14 @@ def failing_together() -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    threading.Thread(target=_watch, args=(done,), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(done,), daemon=True)
+    watch.start()
     try:
         with telling_others():
             yield
     finally:
         done.set()
+        watch.join()  # an interpreter that ends around a thread inside JAX's client would crash
 
 
 @contextmanager

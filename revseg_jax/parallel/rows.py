@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import SingleDeviceSharding
 
 from revseg_jax.errors import InputError
 from revseg_jax.parallel.sharding import Placement
@@ -47,7 +47,7 @@ def place_rows(placement: Placement, tree: Any) -> Any:
     """
 
     def put(array: np.ndarray | jax.Array) -> jax.Array:
-        if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        if isinstance(array, jax.Array) and not isinstance(array.sharding, SingleDeviceSharding):
             return array
         share = process_share(placement)[1] if jax.process_count() > 1 else 1
         shape = (array.shape[0] * share, *array.shape[1:])

@@ -1,0 +1,119 @@
+"""The mesh, the table of axes, and two processes over loopback that share rows, agree, and end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CHILD = """
+import json, os, signal, sys
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from revseg_jax.config import MeshConfig
+from revseg_jax.errors import InputError
+from revseg_jax.parallel.processes import agree, failing_together, gather, join, leads, mean_over_processes
+from revseg_jax.parallel.rows import own_rows, place_rows, process_share
+from revseg_jax.parallel.sharding import make_placement
+
+address, index, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+join(address, 2, index)
+with failing_together():
+    if what == "rows":
+        for sizes in ((1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 1, 8)):
+            placement = make_placement(MeshConfig(*sizes))
+            part, parts = process_share(placement)
+            own = np.arange(16, dtype=np.float32).reshape(8, 2)[8 // parts * part : 8 // parts * (part + 1)]
+            whole = place_rows(placement, {"x": own})["x"]
+            assert whole.shape == (8, 2) and place_rows(placement, whole) is whole
+            doubled = jax.jit(lambda x: 2 * x, out_shardings=placement.sharding((8, 2), "prompts"))(whole)
+            np.testing.assert_array_equal(own_rows(doubled), 2 * own)
+            assert float(jax.jit(lambda x: (x * np.arange(8)[:, None]).sum())(whole)) == 588
+        print(json.dumps({
+            "share": [process_share(make_placement(MeshConfig(*sizes))) for sizes in ((1, 2, 2, 2), (1, 1, 1, 8))],
+            "gathered": gather(["a" * (100 + index), index]),
+            "agreed": [agree(index == 1), agree(None), agree("first" if index == 0 else "second")],
+            "mean": mean_over_processes({"reward": float(index), "truncated_count": 2 + index}),
+            "leads": leads(),
+        }))
+    elif index == 1 and what == "error":
+        raise InputError("data.train names no clips")
+    elif index == 1 and what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        gather("a collective that the other never enters")
+"""
+
+
+def run_two(what):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, address, str(index), what],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    try:
+        return [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_hold_rows_and_agree():
+    found = []
+    for out, words, code in run_two("rows"):
+        assert code == 0, words[-3000:]
+        found.append(json.loads(out.splitlines()[-1]))
+    for index, one in enumerate(found):
+        # Half of the prompts each; all of them where only the tensor axis spans the processes.
+        assert one["share"] == [[index, 2], [0, 1]]
+        assert one["gathered"] == [["a" * 100, 0], ["a" * 101, 1]]
+        assert one["agreed"] == [True, None, "first"]
+        assert one["mean"] == {"reward": 0.5, "truncated_count": 5}
+        assert one["leads"] == (index == 0)
+
+
+def test_an_error_in_one_process_ends_both_with_its_words():
+    for _, words, code in run_two("error"):
+        assert code == 2
+        assert "revseg: error: process 1 failed: data.train names no clips" in words
+
+
+def test_a_killed_process_ends_the_other():
+    (_, words, code), (_, _, killed) = run_two("killed")
+    assert killed == -signal.SIGKILL
+    assert code not in (0, None) and words
+
+
+@pytest.mark.parametrize(
+    "settings, devices, said",
+    [
+        ({"fsdp": 3}, 8, "slice=1 data=1 fsdp=3 tensor=1 does not use the 8 devices"),
+        ({"data": -1}, 8, "one may be -1"),
+        ({"tensor": 0}, 8, "one may be -1"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(settings, devices, said):
+    import jax
+
+    from revseg_jax.config import MeshConfig
+    from revseg_jax.errors import InputError
+    from revseg_jax.parallel.mesh import make_mesh
+
+    with pytest.raises(InputError, match=said):
+        make_mesh(MeshConfig(**settings), jax.devices() * devices)
