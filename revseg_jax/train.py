@@ -132,7 +132,8 @@ def run_steps(
         metrics |= step_metrics(groups, rewards) | clock.seconds
         metrics["reward/wait_fraction"] = clock.seconds["seconds/reward_wait"] / sum(clock.seconds.values())
         metrics["rollout/groups_replaced"] = replaced
-        metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
+        for gap in ("logprob_gap", "logprob_gap_mean"):
+            metrics[f"rollout/{gap}"] = metrics.pop(f"learner/{gap}")
         done, position = step + 1, data.get_state()
         run.log(done, metrics, step_digests(groups.batch, rollouts, rewards, metrics))
         bar.set_postfix({name: f"{metrics[f'reward/{name}']:.2f}" for name in ("total", "temporal", "spatial")})

@@ -100,8 +100,8 @@ class Learner:
     def update(self, state: TrainState, frozen: Any, experience: Experience) -> tuple[TrainState, dict[str, jax.Array]]:
         """A training step: `epochs` passes over the rollouts, each of `minibatches` optimiser steps on whole groups.
 
-        Returns the new state and scalar metrics, means over the optimiser steps; `logprob_gap` is the largest
-        difference between sampler and trainer, seen before the first of them.
+        Returns the new state and scalar metrics, means over the optimiser steps; `logprob_gap` and `logprob_gap_mean`
+        are the largest and the mean difference between sampler and trainer, seen before the first of them.
         """
         minibatches = split(experience, self.config.minibatches)
 
@@ -109,8 +109,8 @@ class Learner:
             return jax.lax.scan(lambda state, part: self._optimizer_step(state, frozen, part), state, minibatches)
 
         state, metrics = jax.lax.scan(epoch, state, length=self.config.epochs)
-        gap = metrics.pop("logprob_gap")[0, 0]
-        metrics = {name: value.mean() for name, value in metrics.items()} | {"logprob_gap": gap}
+        gaps = {name: metrics.pop(name)[0, 0] for name in ("logprob_gap", "logprob_gap_mean")}
+        metrics = {name: value.mean() for name, value in metrics.items()} | gaps
         return state._replace(step=state.step + 1), metrics
 
     def _optimizer_step(
@@ -158,7 +158,8 @@ class Learner:
             experience.advantages,
             batch.generated,
         )
-        metrics["loss"] = losses
+        gaps = jnp.where(batch.generated, jnp.abs(logprobs - batch.logprobs), 0.0)
+        metrics |= {"loss": losses, "logprob_gap_mean": gaps}
         if critic:
             seen = hidden
             if "trunk" in critic:
@@ -169,7 +170,7 @@ class Learner:
         loss = metrics["loss"]
         if critic:
             loss = loss + config.ppo.value_coefficient * metrics["value_loss"]
-        metrics["logprob_gap"] = (jnp.abs(logprobs - batch.logprobs) * batch.generated).max()
+        metrics["logprob_gap"] = gaps.max()
         return loss, metrics
 
     def _microbatches(self, like: RolloutBatch | jax.Array) -> int:
