@@ -100,6 +100,13 @@ def parser() -> Parser:
     evaluate.add_argument("--workers", type=int, default=0, help="processes that score (default: one a core)")
     configurable(evaluate)
 
+    reproduce = command("reproduce", run_reproduce, "Run one of the paper's ablations in small, on synthetic clips.")
+    reproduce.add_argument("table", choices=("chain", "reward", "frames"))
+    reproduce.add_argument("--seeds", default="0,1,2", help="with commas between (default: %(default)s)")
+    reproduce.add_argument("--out", default="runs/reproduce", help="is gone on with (default: %(default)s)")
+    reproduce.add_argument("--clips", type=int, nargs=2, default=(400, 96), metavar=("TRAIN", "TEST"), help="a seed")
+    configurable(reproduce, "configs/demo.yaml")
+
     score = command("score", run_score, "Score anybody's predictions: DIR/<video>/<expression>/<frame>.png.")
     score.add_argument("predictions", metavar="DIR")
     score.add_argument("--benchmark", required=True)
@@ -225,6 +232,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if not options.config:
         config = evaluate.spoken_chain(config, options.overrides)
     evaluate.main(config, options.benchmarks.split(","), options.out, options.sampled, options.workers)
+
+
+def run_reproduce(options: argparse.Namespace) -> None:
+    if not all(seed.isdecimal() for seed in options.seeds.split(",")):
+        raise InputError(f"--seeds {options.seeds}: write numbers with commas between, such as 0,1,2")
+    seeds = sorted({int(seed) for seed in options.seeds.split(",")})
+    from revseg_jax import reproduce
+
+    configs = options.config or [options.default_config]
+    reproduce.main(options.table, seeds, options.out, tuple(options.clips), configs, options.overrides)
 
 
 def run_score(options: argparse.Namespace) -> None:

@@ -32,6 +32,14 @@ TURN2_PROMPT = (
     "Here is the extracted keyframe. Detect '{description}' and answer with its box coordinates in JSON inside "
     '<answer></answer>: [{{"bbox_2d": [x1, y1, x2, y2], "label": "<object>"}}]'
 )
+ONE_TURN_PROMPT = (
+    'The video lasts {seconds:.1f} seconds and is shown as {frames} frames at fps={fps:g}. Question: "{query}"\n'
+    "Think first: find the object that answers the question, using when things happen and what they look like in "
+    "detail, and compare it with the other candidates. Then choose the keyframe in which it is easiest to segment: "
+    "visible, unoccluded, large, distinct, sharp and centred. Detect the object in that frame.\n"
+    "Write your reasoning inside <think></think> and the answer inside <answer></answer>. The answer is a JSON list "
+    'with one object: [{{"frame_idx": <0-based index of the keyframe>, "bbox_2d": [x1, y1, x2, y2]}}]'
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,19 @@ class ChainConfig:
     keyframe_size: int = 840  # side of the turn-2 keyframe after the square resize, pixels
     fps: float = 2.0  # stated in the turn-1 prompt and used for the video's temporal rotary positions
     system_prompt: str = "You are a helpful assistant."
+    turns: int = 2  # 1: keyframe and box in one answer, without a look at the keyframe (the paper's ablation)
     turn1_prompt: str = TURN1_PROMPT  # fields: query, frames, seconds, fps
     turn2_prompt: str = TURN2_PROMPT  # fields: description
+    one_turn_prompt: str = ONE_TURN_PROMPT  # in the place of both when turns is 1; fields: those of turn1_prompt
     query_tokens: int = 256  # slots for everything of the turn-1 prompt that is text
     turn1_tokens: int = 512  # limit of the first answer (not stated in the paper)
     turn2_prompt_tokens: int = 160  # slots for everything of the turn-2 prompt that is text
     turn2_tokens: int = 128  # limit of the second answer (not stated in the paper)
+
+    @property
+    def box_size(self) -> int:
+        """Side of the square frame in whose pixels the policy writes its box."""
+        return self.keyframe_size if self.turns == 2 else self.frame_size
 
 
 @dataclass(frozen=True)
@@ -243,6 +258,7 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
 def check(config: Config) -> None:
     """Raises InputError for values that cannot work, alone or together."""
     choices = {
+        ("chain.turns", config.chain.turns): (1, 2),
         ("rewards.preset", config.rewards.preset): ("paper_text", "paper_curves", "custom"),
         ("rewards.temporal_kind", config.rewards.temporal_kind): ("none", "binary", "soft"),
         ("rewards.spatial_kind", config.rewards.spatial_kind): ("threshold", "iou"),
@@ -262,7 +278,7 @@ def check(config: Config) -> None:
     }
     for (key, value), allowed in choices.items():
         if value not in allowed:
-            raise InputError(f"{key}={value} is not one of {', '.join(allowed)}")
+            raise InputError(f"{key}={value} is not one of {', '.join(map(str, allowed))}")
     positive = {
         "rollout.prompts_per_step": config.rollout.prompts_per_step,
         "rollout.group_size": config.rollout.group_size,

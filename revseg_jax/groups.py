@@ -50,19 +50,33 @@ class Groups(NamedTuple):
 def sample_groups(
     config: Config, engine: RolloutEngine, params: Any, client: TrackerClient | None, step: int, batch: Batch
 ) -> Groups:
-    """Rollouts in parts, so that the sidecar scores one part while the next is being sampled. params: (trained, frozen)
-    ones of the policy."""
+    """Rollouts in parts, so that the sidecar scores one part while the next is being sampled; prompts that are likely
+    to be answered at similar length share a part. params: (trained, frozen) ones of the policy."""
     keys = rollout_keys(config.run.seed, step, batch.index, config.rollout.group_size)
     prompts_per_step = config.rollout.prompts_per_step
     # Of several processes each has its share of every part.
     size = len(batch) * (config.rollout.prompts_per_batch or prompts_per_step) // prompts_per_step
-    prompts, parts, pending, steps, tokens = prompts_of(batch), [], [], 0, 0
+    prompts, order, parts, pending, steps, tokens = prompts_of(batch), by_length(batch), [], [], 0, 0
     for begin in range(0, len(batch), size):
-        arrays, chains = engine.sample(params, prompts[begin : begin + size], keys[begin : begin + size])
+        rows = order[begin : begin + size]
+        arrays, chains = engine.sample(params, [prompts[row] for row in rows], keys[rows])
         parts.append(arrays)
-        pending.append(request_rewards(client, config.rewards, batch, begin, chains))
+        pending += [
+            request_rewards(client, config.rewards, batch, int(row), [group])
+            for row, group in zip(rows, chains, strict=True)
+        ]
         steps, tokens = steps + decode_steps(chains), tokens + sum(chain.tokens for row in chains for chain in row)
-    return Groups(batch, concatenate(parts), pending, steps, tokens)
+    rollouts = RolloutBatch(*(array[np.argsort(order)] for array in concatenate(parts)))
+    return Groups(batch, rollouts, sorted(pending, key=lambda waiting: waiting.first), steps, tokens)
+
+
+def by_length(batch: Batch) -> np.ndarray:
+    """The rows of a batch, int [B], from the answers that are likely to be short to those likely to be long.
+
+    All that is known before a policy writes: how much it is shown, which it may go through one by one, and how much it
+    is asked. Images and short videos among long ones then do not wait for these.
+    """
+    return np.lexsort(([len(query) for query in batch.query], batch.frame_count))
 
 
 def decode_steps(chains: Sequence[Sequence[Rollout]]) -> int:

@@ -216,7 +216,7 @@ def _trace(
         "shown_frames": shown.tolist(),
         "prompt1": prefix_text(chain, query, len(shown), float(source.duration)),
         "answer1": rollout.answer1,
-        "prompt2": turn2_prompt_text(chain, turn1.description) if turn1.ok else None,
+        "prompt2": turn2_prompt_text(chain, turn1.description) if rollout.answer2 is not None else None,
         "answer2": rollout.answer2,
         "keyframe": keyframe,
         "keyframe_seconds": float(times[keyframe]) if keyframe is not None else None,

@@ -164,7 +164,8 @@ def run_steps(
         metrics |= mean_over_processes(reward_metrics(rewards) | rollout_metrics(groups))
         metrics |= speed_metrics(clock.seconds, groups.tokens * processes, flops, compilations.since_last())
         metrics["rollout/groups_replaced"] = replaced
-        metrics["rollout/logprob_gap"] = metrics.pop("learner/logprob_gap")
+        for gap in ("logprob_gap", "logprob_gap_mean"):
+            metrics[f"rollout/{gap}"] = metrics.pop(f"learner/{gap}")
         done, position = step + 1, data.get_state()
         run.log(done, metrics, step_digests(groups.batch, groups.rollouts, rewards, metrics))
         progress.show(done, metrics)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from revseg_jax.chain import prompts
 from revseg_jax.chain.geometry import box_to_keyframe, box_to_original
 from revseg_jax.chain.literal import read_value
-from revseg_jax.chain.parsing import Turn1, Turn2, parse_turn1, parse_turn2
+from revseg_jax.chain.parsing import Turn1, Turn2, parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.config import ChainConfig
 from revseg_jax.errors import InputError
 
@@ -305,6 +305,48 @@ def test_turn2_failures(text: str, score: float) -> None:
     assert turn2.format_score == pytest.approx(score)
 
 
+# ---------------------------------------------------------------- one turn
+
+BOTH = '{"frame_idx": 3, "bbox_2d": [10, 20, 110, 220]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "score1", "score2"),
+    [
+        (f"{THINK}<answer>[{BOTH}]</answer>", 1.0, 1.0),
+        (f"{THINK}<answer>{BOTH}</answer>", 0.9, 0.875),
+        (f"{THINK}<answer>[{BOTH.replace(chr(34), chr(39))}]</answer> Done.", 0.7, 0.625),
+        (f"{THINK}<answer>[{BOTH.replace('3', '3.0')}]</answer>", 0.8, 1.0),
+        (f"<answer>[{BOTH}]</answer>", 0.6, 1.0),
+    ],
+)
+def test_one_turn_is_both_halves_in_one_answer(text: str, score1: float, score2: float) -> None:
+    turn1, turn2 = parse_one_turn(text, 16)
+    assert turn1 == Turn1(True, 3, "", pytest.approx(score1), "")
+    assert turn2 == Turn2(True, (10, 20, 110, 220), pytest.approx(score2), "", in_first=True)
+
+
+def test_one_turn_without_a_keyframe_or_without_a_box() -> None:
+    for text in ("", good2(), f"{THINK}<answer>[{BOTH.replace('3', '16')}]</answer>"):
+        turn1, turn2 = parse_one_turn(text, 16)
+        assert not turn1.ok and turn1.reason and turn2 is None
+    turn1, turn2 = parse_one_turn(good1(), 16)
+    assert turn1 == Turn1(True, 3, "a red circle", 1.0, "")
+    assert turn2 == Turn2(False, None, 0.75, "no box", in_first=True)
+    _, turn2 = parse_one_turn(f"{THINK}<answer>[{BOTH.replace('110', '5')}]</answer>", 16)
+    assert not turn2.ok and "x1 < x2" in turn2.reason
+
+
+def test_the_only_turn_has_a_prompt_of_its_own() -> None:
+    one = replace(CHAIN, turns=1)
+    asked = prompts.turn1_text(one, "the dog", 16, 8.0)
+    assert "the dog" in asked and "bbox_2d" in asked and "object description" not in asked
+    assert asked != prompts.turn1_text(CHAIN, "the dog", 16, 8.0)
+    assert (one.box_size, CHAIN.box_size) == (448, 840)
+    with pytest.raises(InputError, match="one_turn_prompt"):
+        prompts.validate_templates(replace(one, one_turn_prompt="Where?"))
+
+
 # ---------------------------------------------------------------- the tolerant reader
 
 JSON_VALUES = st.recursive(
@@ -411,9 +453,9 @@ def test_no_text_raises(text: str, frames: int) -> None:
 
 
 def check_parses(text: str, frames: int) -> None:
-    """Both parsers give well-formed results for this text."""
+    """All parsers give well-formed results for this text."""
     turn1, turn2 = parse_turn1(text, frames), parse_turn2(text)
-    for turn in (turn1, turn2):
+    for turn in (turn1, turn2, *filter(None, parse_one_turn(text, frames))):
         assert 0 <= turn.format_score <= 1 and bool(turn.reason) != turn.ok
         assert all(value is not None for value in (getattr(turn, f.name) for f in fields(turn))) or not turn.ok
     if turn1.ok:

@@ -13,7 +13,7 @@ from dataset_trees import HEIGHT, WIDTH
 from PIL import Image
 
 from revseg_jax import evaluate
-from revseg_jax.chain.parsing import parse_turn1, parse_turn2
+from revseg_jax.chain.parsing import parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.cli import main
 from revseg_jax.data.clip import decode_mask
 from revseg_jax.data.prepare import prepare
@@ -318,6 +318,12 @@ GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</
 def test_failures_by_cause(answer1, answer2, cause):
     turn1, turn2 = parse_turn1(answer1, 8), parse_turn2(answer2) if answer2 else None
     assert failure_cause(Rollout(answer1, answer2, turn1, turn2, None, False, 1)) == cause
+
+
+def test_failures_of_chains_of_one_turn():
+    answer = '<think>a</think><answer>[{"frame_idx": 1, "bbox_2d": [5, 5, 3, 9]}]</answer>'
+    rollout = Rollout(answer, None, *parse_one_turn(answer, 8), None, False, 1)
+    assert failure_cause(rollout) == "turn 1: not x1 < x2 and y1 < y2 in finite numbers"
 
 
 @pytest.fixture(scope="module")

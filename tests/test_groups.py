@@ -2,16 +2,19 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from revseg_jax.chain.parsing import Turn1, Turn2
 from revseg_jax.config import Config, RewardsConfig, RolloutConfig
 from revseg_jax.data.example import Batch, Example, stack
-from revseg_jax.groups import Groups, decode_steps, replace_groups_without_spread
+from revseg_jax.groups import Groups, decode_steps, replace_groups_without_spread, sample_groups
 from revseg_jax.rewards.scoring import PendingRewards
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.sampling import rollout_keys
+from revseg_jax.train import step_metrics
 
 CONFIG = Config(
     rewards=RewardsConfig(preset="custom", temporal=1.0), rollout=RolloutConfig(prompts_per_step=3, group_size=2)
@@ -106,3 +109,45 @@ def test_the_limit_leaves_what_could_not_be_replaced():
 )
 def test_decoding_runs_until_the_longest_has_ended(lengths, steps):
     assert decode_steps([[chain(1, *pair) for pair in lengths]]) == steps
+
+
+def test_metrics_say_how_many_rollouts_were_truncated():
+    first = groups(0, [(0, 1), (1, 1), (0, 0)])
+    rows = [[replace(rollout, truncated=g == 0 and b > 0) for g, rollout in enumerate(row)]
+            for b, row in enumerate(first.chains)]  # fmt: skip
+    first = first._replace(pending=[replace(first.pending[0], chains=rows, scores=[None] * 3)])
+    metrics = step_metrics(first, first.rewards(CONFIG))
+    assert metrics["rollout/truncated_count"] == 2 and metrics["rollout/truncated"] == pytest.approx(1 / 3)
+    assert metrics["rollout/wasted_decode_steps"] == pytest.approx(1 - 24 / 30)
+    assert metrics["reward/groups_without_spread"] == pytest.approx(2 / 3)
+
+
+class RecordingEngine:
+    """Every rollout of a prompt has its number of frames as its tokens, and its query's length as its keyframe."""
+
+    def __init__(self):
+        self.parts, self.keys = [], []
+
+    def sample(self, params, prompts, keys):
+        self.parts.append([(prompt.frame_count, len(prompt.query)) for prompt in prompts])
+        self.keys.append(np.asarray(jax.random.key_data(keys)))
+        counts = np.array([[prompt.frame_count] * 2 for prompt in prompts])
+        return RolloutBatch(*[counts] * len(RolloutBatch._fields)), [
+            [chain(len(prompt.query), prompt.frame_count)] * 2 for prompt in prompts
+        ]
+
+
+def test_prompts_of_similar_length_are_sampled_together_and_come_back_in_their_order():
+    frames, queries = [2, 1, 2, 1], ["long query", "b", "abc", "ab"]
+    batch = stack([replace(example(i), frame_count=frames[i], query=queries[i]) for i in range(4)])
+    config = replace(CONFIG, rollout=replace(CONFIG.rollout, prompts_per_step=4, prompts_per_batch=2))
+    engine = RecordingEngine()
+    result = sample_groups(config, engine, None, None, 5, batch)
+    assert engine.parts == [[(1, 1), (1, 2)], [(2, 3), (2, 10)]]
+    expected = np.asarray(jax.random.key_data(rollout_keys(config.run.seed, 5, batch.index, 2)))
+    np.testing.assert_array_equal(np.concatenate(engine.keys), expected[[1, 3, 2, 0]])
+    assert result.rollouts.tokens[:, 0].tolist() == frames
+    assert [row[0].turn1.frame_idx for row in result.chains] == [len(query) for query in queries]
+    assert [waiting.first for waiting in result.pending] == [0, 1, 2, 3]
+    # Unordered, the two parts would each wait for a long one: (3 + 4) steps of 4 rollouts twice.
+    assert result.decode_steps == (2 + 4) * 4 + (3 + 4) * 4 and result.tokens == 2 * (sum(frames) + 4 * 3)

@@ -186,6 +186,12 @@ def test_a_failed_second_turn_keeps_the_first_ones_reward(turn2: Turn2, box: Non
     assert reward.turn1 == pytest.approx(0.5 + 0.75) and reward.turn2 == pytest.approx(turn2.format_score / 2)
 
 
+def test_the_only_turn_of_a_chain_earns_all_of_it() -> None:
+    two = score_rollout(TOTAL, GOOD1, GOOD2, (0, 0, 20, 10), AREAS, BOXES, j=0.6)
+    one = score_rollout(TOTAL, GOOD1, replace(GOOD2, in_first=True), (0, 0, 20, 10), AREAS, BOXES, j=0.6)
+    assert one == replace(two, turns=1, turn1=two.total, turn2=0.0)
+
+
 @given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans(), st.integers(0, 3), BOX)
 def test_turns_add_up_and_success_never_costs(
     f1: float, f2: float, ok1: bool, ok2: bool, frame: int, box: tuple[int, ...]

@@ -22,6 +22,7 @@ from revseg_jax.data.synthetic import render
 from revseg_jax.errors import InputError
 from revseg_jax.learner.update import make_learner
 from revseg_jax.policy.rope import sequence_positions
+from revseg_jax.rollout import engine as phases
 from revseg_jax.rollout.engine import Prompt
 from revseg_jax.rollout.keyframes import encode_keyframes
 from revseg_jax.rollout.loading import load_engine
@@ -129,18 +130,28 @@ def test_rollouts_do_not_depend_on_the_batch(loaded, sampled):
 
 
 def test_rollouts_do_not_depend_on_the_devices(loaded, sampled):
-    """The same tokens on 8 devices as on one."""
+    """The same tokens on 8 devices as on one; and the optimiser's moments are spread as the parameters are."""
     _, batch, _ = sampled
     code = (
         "import json, numpy as np\n"
         "from tests.test_rollout import CONFIG, make_prompts\n"
-        "from revseg_jax.config import load_config\n"
+        "import jax, optax\n"
+        "from revseg_jax.config import LearnerConfig, load_config\n"
+        "from revseg_jax.learner.update import make_learner\n"
+        "from revseg_jax.parallel.sharding import tree_shardings\n"
         "from revseg_jax.rollout.loading import load_engine\n"
         "from revseg_jax.rollout.sampling import rollout_keys\n"
         "loaded = load_engine(load_config(CONFIG, ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']))\n"
         "prompts = make_prompts(3) + make_prompts(1, frames=5)\n"
         "keys = rollout_keys(7, 0, np.arange(4), 3)\n"
         "batch, _ = loaded.engine.sample((loaded.trained, loaded.frozen), prompts, keys)\n"
+        "learner = make_learner(loaded.engine.graphdef, LearnerConfig(), loaded.engine.encoder.layout)\n"
+        "state = learner.init(loaded.trained)\n"
+        "state = jax.device_put(state, tree_shardings(state, loaded.mesh))\n"
+        "for moment in ('mu', 'nu'):\n"
+        "    spread = jax.tree.map(lambda x: x.sharding, optax.tree.get(state.optimizer, moment))\n"
+        "    assert spread == jax.tree.map(lambda x: x.sharding, state.trained)\n"
+        "assert not state.trained['text']['embedding'][...].is_fully_replicated\n"
         "print(json.dumps(batch.tokens.tolist()))\n"
     )
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -156,6 +167,68 @@ def test_keys_depend_on_seed_step_prompt_and_sample():
     assert len(np.unique(base.reshape(12, -1), axis=0)) == 12
     np.testing.assert_array_equal(data(0, 0, np.array([2]), 2)[0], base[2, :2])
     assert (data(1, 0, np.arange(4), 3) != base).any() and (data(0, 1, np.arange(4), 3) != base).any()
+
+
+def test_caches_are_worked_on_in_place(loaded, sampled, monkeypatch):
+    """Each phase takes over the memory of the suffix cache that it is given."""
+    prompts, _, _ = sampled
+    given = []
+    for name, place in (("_extend", 4), ("_turn2", 6)):
+        phase = getattr(phases, name)
+        monkeypatch.setattr(phases, name, lambda *a, phase=phase, at=place: given.append(a[at]) or phase(*a))
+    loaded.engine.sample((loaded.trained, loaded.frozen), prompts, rollout_keys(7, 0, np.arange(4), 3))
+    assert [cache.key.is_deleted() and cache.value.is_deleted() for cache in given] == [True, True]
+
+
+def test_sampler_and_trainer_agree_in_bfloat16_on_average():
+    loaded = load_engine(load_config(CONFIG, ["policy.dtype=bfloat16"]))
+    batch, _ = loaded.engine.sample(
+        (loaded.trained, loaded.frozen), make_prompts(4), rollout_keys(7, 0, np.arange(4), 3)
+    )
+    learner = make_learner(loaded.engine.graphdef, LearnerConfig(), loaded.engine.encoder.layout)
+    again = learner.logprobs(loaded.trained, loaded.frozen, batch)
+    gap = np.abs(np.asarray(again) - batch.logprobs)[batch.generated]
+    assert 0 < gap.mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def one_turn():
+    config = load_config(CONFIG, ["chain.turns=1", "chain.one_turn_prompt='Question: {query}'"])
+    return load_engine(config)
+
+
+def test_a_chain_of_one_turn_ends_with_its_first_answer(one_turn):
+    batch, chains = one_turn.engine.sample(
+        (one_turn.trained, one_turn.frozen), make_prompts(2), rollout_keys(7, 0, np.arange(2), 3)
+    )
+    layout = one_turn.engine.encoder.layout
+    assert batch.tokens.shape == (2, 3, 1 + layout.turn1) and not layout.turns.any()
+    assert (batch.keyframe_index == -1).all() and not batch.keyframes.any()
+    for rollout in (rollout for row in chains for rollout in row):
+        assert rollout.answer2 is None and rollout.tokens2 == 0
+        assert rollout.turn2 is None or rollout.turn2.in_first
+    learner = make_learner(one_turn.engine.graphdef, LearnerConfig(), layout)
+    again = learner.logprobs(one_turn.trained, one_turn.frozen, batch)
+    assert np.abs(np.asarray(again) - batch.logprobs)[batch.generated].max() < 1e-5
+
+
+def test_the_box_of_a_chain_of_one_turn_is_in_pixels_of_the_shown_frame(one_turn, monkeypatch):
+    """The embedded policy was never taught such answers, so one is put into its mouth."""
+    encoder, end = one_turn.engine.encoder, one_turn.engine.sampling.end_token
+    text = '<think>it is there</think>\n<answer>[{"frame_idx": 2, "bbox_2d": [28, 56, 84, 112]}]</answer>'
+    said = np.array([*encoder.tokenizer(text)["input_ids"], end])
+    tokens = np.full((1, 2, encoder.layout.turn1), one_turn.engine.sampling.pad_token)
+    tokens[..., : len(said)] = said
+    answers = tokens, np.zeros(tokens.shape), np.broadcast_to(np.arange(tokens.shape[-1]) < len(said), tokens.shape)
+    monkeypatch.setattr(phases, "_turn1", lambda *_: (answers, None))
+    (prompt,) = make_prompts(1)
+    batch, ((rollout, _),) = one_turn.engine.sample(
+        (one_turn.trained, one_turn.frozen), [prompt], rollout_keys(0, 0, np.arange(1), 2)
+    )
+    assert rollout.ok and rollout.turn1.frame_idx == 2 and not rollout.truncated and rollout.answer1 == text
+    assert rollout.box == (32, 64, 96, 128)  # the frame of 128 pixels was shown at 112
+    whole = encoder.tokenizer.decode(whole_sequence(batch, 0, 0)[0])
+    assert whole.endswith(f"<|im_start|>assistant\n{text}<|im_end|>") and f"Question: {prompt.query}" in whole
 
 
 @settings(max_examples=60, deadline=None)

@@ -52,9 +52,30 @@ def run(clips, client, folder, steps, *extra):
 
 
 @pytest.fixture(scope="module")
-def finished(clips, client, tmp_path_factory):
+def compilations():
+    """(steps that were logged before, program) of everything that `finished` compiles."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(clips, client, tmp_path_factory, compilations):
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, run(clips, client, folder, 3, "run.checkpoint_every=2")
+
+    def note(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            path = folder / "metrics.jsonl"
+            compilations.append((len(lines(path)) if path.exists() else 0, details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        return folder, run(clips, client, folder, 3, "run.checkpoint_every=2")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_everything_is_compiled_in_the_first_step(finished, compilations):
+    """Whatever the rollouts are: their lengths, failures and keyframes differ from step to step."""
+    assert compilations and {steps for steps, _ in compilations} == {0}, [name for steps, name in compilations if steps]
 
 
 def lines(path: Path) -> list[dict]:
@@ -67,6 +88,7 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     assert [row["step"] for row in metrics] == [1, 2, 3]
     for row in metrics:
         assert row["rollout/logprob_gap"] < 2e-5  # the largest of all tokens; float32 resolves a logprob of -10 to 1e-6
+        assert 0 <= row["rollout/logprob_gap_mean"] <= row["rollout/logprob_gap"]
         assert 0 <= row["reward/format"] <= 1 and 1 <= row["rollout/turns"] <= 2
     assert int(state.step) == 3
     traces = lines(folder / "traces/step_000003.jsonl")

@@ -14,6 +14,9 @@ it is the mean of equal parts, each in [0, 1]:
             keys    half for `frame_idx`, an integer among the frames shown; half for `object description`, a text
     turn 2  answer, clean (thoughts before the answer are allowed, not asked for), json
             box     four finite numbers x1, y1, x2, y2 with x1 < x2 and y1 < y2
+
+A chain of one turn answers with keyframe and box at once. It is read as both halves of a chain of two, each graded as
+that turn is, but for the description, which it need not give: keys is `frame_idx` alone.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -43,9 +46,9 @@ class Turn1:
     """The first answer.
 
     Attributes:
-        ok: whether a keyframe and a description were found (S1).
+        ok: whether a keyframe and, in a chain of two turns, a description were found (S1).
         frame_idx: index into the frames shown, 0-based; None unless ok.
-        description: the object's look in the keyframe; "" unless ok.
+        description: the object's look in the keyframe; "" unless ok, and it may be in a chain of one turn.
         format_score: in [0, 1].
         reason: why it failed, in a few words; "" when ok.
     """
@@ -63,15 +66,17 @@ class Turn2:
 
     Attributes:
         ok: whether a box was found (S2).
-        box: x1, y1, x2, y2 as the policy wrote them: pixels of the resized square keyframe; None unless ok.
+        box: x1, y1, x2, y2 as the policy wrote them: pixels of the keyframe, square as it was shown; None unless ok.
         format_score: in [0, 1].
         reason: why it failed, in a few words; "" when ok.
+        in_first: it is the second half of the first answer, in a chain of one turn.
     """
 
     ok: bool
     box: Box | None
     format_score: float
     reason: str
+    in_first: bool = False
 
 
 def parse_turn1(text: str, frames: int) -> Turn1:
@@ -80,30 +85,30 @@ def parse_turn1(text: str, frames: int) -> Turn1:
     item, json_credit = _first(layout.content, _keyframe_object)
     if item is None:
         return Turn1(False, None, "", _mean(layout.think, layout.answer, layout.clean_with_think, 0, 0), "no object")
-    raw_index = item.get(FRAME_KEY)
-    frame_idx = _index(raw_index)
-    shown = frame_idx is not None and 0 <= frame_idx < frames
+    frame_idx, exact, reason = _keyframe(item, frames)
     description = _description(item.get(DESCRIPTION_KEY))
-    keys = _mean(shown and isinstance(raw_index, int), bool(description))
-    score = _mean(layout.think, layout.answer, layout.clean_with_think, json_credit, keys)
-    if shown and description:
+    score = _mean(layout.think, layout.answer, layout.clean_with_think, json_credit, _mean(exact, bool(description)))
+    if frame_idx is not None and description:
         return Turn1(True, frame_idx, description, score, "")
-    if frame_idx is None:
-        reason = f"no integer under {FRAME_KEY!r}"
-    else:
-        reason = f"no text under {DESCRIPTION_KEY!r}" if shown else f"{FRAME_KEY} is not in 0..{frames - 1}"
-    return Turn1(False, None, "", score, reason)
+    return Turn1(False, None, "", score, reason or f"no text under {DESCRIPTION_KEY!r}")
 
 
 def parse_turn2(text: str) -> Turn2:
     """The box of the second answer, in pixels of the keyframe as it was shown."""
     layout = _layout(text)
-    numbers, json_credit = _first(layout.content, _four_values)
-    if numbers is None:
-        return Turn2(False, None, _mean(layout.answer, layout.clean, 0, 0), "no box")
-    box = _box(numbers)
-    score = _mean(layout.answer, layout.clean, json_credit, box is not None)
-    return Turn2(box is not None, box, score, "" if box else "not x1 < x2 and y1 < y2 in finite numbers")
+    return _turn2(layout, *_first(layout.content, _four_values))
+
+
+def parse_one_turn(text: str, frames: int) -> tuple[Turn1, Turn2 | None]:
+    """Both halves of the only answer of a chain of one turn; None for the second when there is no keyframe."""
+    layout = _layout(text)
+    item, json_credit = _first(layout.content, _keyframe_object)
+    frame_idx, exact, reason = (None, False, "no object") if item is None else _keyframe(item, frames)
+    score = _mean(layout.think, layout.answer, layout.clean_with_think, json_credit, exact)
+    if frame_idx is None:
+        return Turn1(False, None, "", score, reason), None
+    turn1 = Turn1(True, frame_idx, _description(item.get(DESCRIPTION_KEY)), score, "")
+    return turn1, replace(_turn2(layout, _four_values(item), json_credit), in_first=True)
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,17 @@ def _description(value: object) -> str:
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip() if isinstance(value, str) else ""
 
 
+def _keyframe(item: dict, frames: int) -> tuple[int | None, bool, str]:
+    """The keyframe when it is among the frames shown, whether it was written as an integer, and else what is wrong."""
+    raw = item.get(FRAME_KEY)
+    index = _index(raw)
+    if index is None:
+        return None, False, f"no integer under {FRAME_KEY!r}"
+    if not 0 <= index < frames:
+        return None, False, f"{FRAME_KEY} is not in 0..{frames - 1}"
+    return index, isinstance(raw, int), ""
+
+
 def _index(value: object) -> int | None:
     if isinstance(value, str) and len(value) < 10 and value.strip().isdecimal():
         return int(value)
@@ -198,6 +214,14 @@ def _box(values: list) -> Box | None:
         return None
     finite = all(map(math.isfinite, (x1, y1, x2, y2)))
     return (x1, y1, x2, y2) if finite and x1 < x2 and y1 < y2 else None
+
+
+def _turn2(layout: _Layout, numbers: list | None, json_credit: float) -> Turn2:
+    """From the four values that stand in the place of the box, if any do."""
+    box = _box(numbers) if numbers is not None else None
+    reason = "no box" if numbers is None else "not x1 < x2 and y1 < y2 in finite numbers"
+    score = _mean(layout.answer, layout.clean, json_credit, box is not None)
+    return Turn2(box is not None, box, score, "" if box else reason)
 
 
 def _mean(*parts: float) -> float:

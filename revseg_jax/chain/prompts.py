@@ -5,6 +5,8 @@
     turn2_prompt_text    user turn 2 with the keyframe, again up to where the policy starts to write
     answer 2             sampled; ends with <|im_end|>
 
+In a chain of one turn (`chain.turns=1`) answer 1 is the last.
+
 A video or an image is one placeholder token here; the tokenising side repeats it once per visual token. Queries come
 from users and descriptions from the policy: neither can bring in a special token.
 """
@@ -48,7 +50,8 @@ def conversation_text(
 
 def turn1_text(chain: ChainConfig, query: str, frames: int, seconds: float) -> str:
     """The user's words of turn 1, without markup."""
-    return plain_text(chain.turn1_prompt.format(query=one_line(query), frames=frames, seconds=seconds, fps=chain.fps))
+    template = chain.turn1_prompt if chain.turns == 2 else chain.one_turn_prompt
+    return plain_text(template.format(query=one_line(query), frames=frames, seconds=seconds, fps=chain.fps))
 
 
 def turn2_text(chain: ChainConfig, description: str, limit: int = DESCRIPTION_LIMIT) -> str:
@@ -84,6 +87,7 @@ def validate_templates(chain: ChainConfig) -> None:
         ("system_prompt", chain.system_prompt, None, None),
         ("turn1_prompt", chain.turn1_prompt, turn1, "query"),
         ("turn2_prompt", chain.turn2_prompt, {"description": "<description>"}, "description"),
+        ("one_turn_prompt", chain.one_turn_prompt, turn1, "query"),
     ):
         if "<|" in template:
             raise InputError(f"chain.{name} holds '<|': special tokens are added by the program, write the words only")

@@ -53,7 +53,7 @@ def failure_cause(rollout: Rollout) -> str:
     """Why a chain has no box, in words that can be counted; empty when it has one."""
     if rollout.ok:
         return ""
-    turn, answer = (1, rollout.answer1) if not rollout.turn1.ok else (2, rollout.answer2)
+    turn, answer = (1, rollout.answer1) if rollout.answer2 is None else (2, rollout.answer2)
     reason = rollout.failure.removeprefix(f"turn {turn}: ")
     if reason in ("no object", "no box"):
         reason = "bad JSON" if "<answer>" in answer else "no answer tag"

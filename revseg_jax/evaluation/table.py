@@ -18,13 +18,22 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = [f"| {' | '.join(line)} |" for line in (HEADER, ("---",) * len(HEADER), *map(cells, rows))]
-    return "\n".join(lines) + "\n"
+    return as_markdown([HEADER, *map(cells, rows)]) + "\n"
 
 
 def terminal(rows: Sequence[Row]) -> str:
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    return as_text([HEADER, *map(cells, rows)])
+
+
+def as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first line is its header."""
+    header, *rows = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *rows))
+
+
+def as_text(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )

@@ -133,8 +133,8 @@ class Learner:
         """A training step: `epochs` passes over the rollouts, each of `minibatches` optimiser steps on whole groups.
 
         An optimiser step whose loss or gradient is not finite changes nothing. Returns the new state and scalar
-        metrics, means over the optimiser steps, but for `skipped_updates`, their sum, and `logprob_gap`, the largest
-        difference between sampler and trainer, seen before the first of them.
+        metrics, means over the optimiser steps, but for `skipped_updates`, their sum, and `logprob_gap` and
+        `logprob_gap_mean`, the largest and the mean difference between sampler and trainer, seen before the first.
         """
         minibatches = split(experience, self.config.minibatches)
 
@@ -144,9 +144,9 @@ class Learner:
         state, metrics = jax.lax.scan(epoch, state, length=self.config.epochs)
         if self.placement is not None:
             state = jax.lax.with_sharding_constraint(state, self.shardings(state))
-        gap, skipped = metrics.pop("logprob_gap")[0, 0], metrics.pop("skipped_updates").sum()
-        metrics = {name: value.mean() for name, value in metrics.items()}
-        metrics |= {"logprob_gap": gap, "skipped_updates": skipped}
+        skipped = metrics.pop("skipped_updates").sum()
+        gaps = {name: metrics.pop(name)[0, 0] for name in ("logprob_gap", "logprob_gap_mean")}
+        metrics = {name: value.mean() for name, value in metrics.items()} | gaps | {"skipped_updates": skipped}
         bad_steps = jnp.where(skipped > 0, state.bad_steps + 1, 0)
         return state._replace(step=state.step + 1, bad_steps=bad_steps), metrics
 
@@ -201,7 +201,8 @@ class Learner:
             experience.advantages,
             batch.generated,
         )
-        metrics["loss"] = losses
+        gaps = jnp.where(batch.generated, jnp.abs(logprobs - batch.logprobs), 0.0)
+        metrics |= {"loss": losses, "logprob_gap_mean": gaps}
         if critic:
             seen = hidden
             if "trunk" in critic:
@@ -212,7 +213,7 @@ class Learner:
         loss = metrics["loss"]
         if critic:
             loss = loss + config.ppo.value_coefficient * metrics["value_loss"]
-        metrics["logprob_gap"] = (jnp.abs(logprobs - batch.logprobs) * batch.generated).max()
+        metrics["logprob_gap"] = gaps.max()
         return loss, metrics
 
     def _token_logprobs(self, policy: nnx.Module, hidden: jax.Array, batch: RolloutBatch):

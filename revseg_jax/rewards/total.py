@@ -45,7 +45,7 @@ class RolloutReward:
         format, temporal, spatial, mask: the terms before weighting, in [0, 1]; 0 where a failed turn gates them.
         total: the weighted sum and the overlong penalties, turn1 + turn2.
         turn1, turn2: what each turn earned by itself, weighted: its half of the format term, and the temporal term for
-            turn 1, the spatial and mask terms for turn 2; with its overlong penalty.
+            turn 1, the spatial and mask terms for turn 2; with its overlong penalty. The only turn earns all of it.
         turns: turns that took place, 1 or 2.
         overlong: the penalties of both turns, 0 or less.
     """
@@ -101,7 +101,7 @@ def score_rollout(
 
     Args:
         config: kinds and weights.
-        turn1, turn2: the parsed answers; turn2 is None when turn 1 failed and ended the rollout.
+        turn1, turn2: what was parsed from the answers; turn2 is None when turn 1 failed and ended the rollout.
         box: the answer's box in original pixels, clipped (`chain.geometry.box_to_original`); None counts as failure.
         areas, boxes: float [N] and [N, 4], ground-truth boxes in original pixels at the frames shown; 0 when absent.
         j, f: means over the clip's frames of the tracker's masks, when they are wanted.
@@ -116,6 +116,8 @@ def score_rollout(
     first = combine(weights, format_reward(turn1, None), temporal, 0.0, 0.0, ok1, False)
     total = combine(weights, format_reward(turn1, turn2), temporal, spatial, mask, ok1, ok2)
     first, total = first + overlong[0], total + sum(overlong)
+    turns = 1 if turn2 is None or turn2.in_first else 2
+    first = first if turns == 2 else total
     return RolloutReward(
         format=format_reward(turn1, turn2),
         temporal=temporal,
@@ -124,6 +126,6 @@ def score_rollout(
         total=float(total),
         turn1=float(first),
         turn2=float(total - first),
-        turns=1 if turn2 is None else 2,
+        turns=turns,
         overlong=float(sum(overlong)),
     )

@@ -17,7 +17,7 @@ class RolloutBatch(NamedTuple):
       frames: uint8 [B, N, side, side, 3], the video as the policy saw it
       prefix_tokens: int32 [B, P]; prefix_positions: int32 [B, 3, P]; prefix_mask: bool [B, P]
       keyframes: uint8 [B, G, side, side, 3], the turn-2 images of a prompt, each once and then zeros
-      keyframe_index: int32 [B, G], which of its prompt's keyframes a rollout looks at; -1 where turn 1 failed
+      keyframe_index: int32 [B, G], which of its prompt's keyframes a rollout looks at; -1 without a second turn
       tokens: int32 [B, G, S]; positions: int32 [B, G, 3, S]; mask: bool [B, G, S], False for padding
       generated: bool [B, G, S], True for tokens that the policy sampled
       logprobs: float32 [B, G, S], of the sampled tokens when they were sampled; 0 elsewhere

@@ -10,11 +10,13 @@ from revseg_jax.chain.parsing import Turn1, Turn2
 
 @dataclass(frozen=True)
 class Rollout:
-    """One two-turn chain.
+    """One chain.
 
     Attributes:
-      answer1, answer2: the sampled texts without the end token; answer2 is None when turn 1 failed
-      turn1, turn2: what was parsed from them; turn2 is None when turn 1 failed
+      answer1, answer2: the sampled texts without the end token; answer2 is None when there was no second turn: turn 1
+        failed, or the chain has one turn
+      turn1, turn2: what was parsed from them, from the first alone in a chain of one turn; turn2 is None when turn 1
+        failed
       box: the second answer's box in pixels of the ORIGINAL frame, clipped to it; None when there is none
       truncated: an answer reached its token limit without ending
       tokens1, tokens2: how many were sampled in each turn, the end token included
@@ -45,4 +47,4 @@ class Rollout:
             return ""
         if not self.turn1.ok:
             return f"turn 1: {self.turn1.reason}"
-        return f"turn 2: {self.turn2.reason or 'the box lies outside the image'}"
+        return f"turn {1 if self.turn2.in_first else 2}: {self.turn2.reason or 'the box lies outside the image'}"

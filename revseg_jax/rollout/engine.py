@@ -1,4 +1,4 @@
-"""The two-turn engine: a prompt is read once, then G rollouts answer, look at their keyframes and answer again."""
+"""The rollout engine: a prompt is read once, then G rollouts answer, look at their keyframes and answer again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from revseg_jax.chain.geometry import box_to_original
-from revseg_jax.chain.parsing import Turn1, Turn2, parse_turn1, parse_turn2
+from revseg_jax.chain.parsing import Turn1, Turn2, parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.data.frames import decode_frame, resize_square
 from revseg_jax.parallel.rows import own_rows, place_rows
 from revseg_jax.parallel.sharding import Placement, constrain, tree_shardings
@@ -106,58 +106,59 @@ class RolloutEngine:
         texts1 = self._texts(tokens1, real1)
         lengths1 = real1.sum(-1)
         ended1 = _ended(tokens1, real1, config.end_token)
-        turns1 = [
-            [
-                parse_turn1(texts1[b][g], prompts[b].frame_count) if ended1[b, g] else _unfinished(Turn1)
-                for g in range(group)
-            ]
+        parsed = [
+            [self._parse_first(texts1[b][g], prompts[b].frame_count, ended1[b, g]) for g in range(group)]
             for b in range(count)
         ]
 
         # Turn 2: the same conversation goes on, with the chosen frame at high resolution.
-        alive = np.array([[turn.ok for turn in row] for row in turns1])
+        turns1 = [[turn1 if turn1.ok and turn2 is None else None for turn1, turn2 in row] for row in parsed]
+        alive = np.array([[turn1 is not None for turn1 in row] for row in turns1])
         prompt2, positions2, mask2, next2 = self._turn2_arrays(turns1, start + lengths1 + 1)
         keyframes, keyframe_index = self._keyframes(prompts, turns1)
-        suffix = read_turn2(
-            self.graphdef,
-            layout.turn2_prompt_start,
-            params,
-            cache,
-            suffix,
-            *map(place, (prompt2[..., :-1], positions2[..., :-1], mask2[..., :-1], keyframes, keyframe_index)),
-        )
-        answers = answer_turn2(
-            self.graphdef,
-            layout.turn2_start - 1,
-            layout.turn2,
-            config,
-            params,
-            cache,
-            suffix,
-            *map(place, (prompt2[..., -1], next2 - 1, alive)),
-            keys,
-        )
-        tokens2, logprobs2, real2 = map(own_rows, answers)
+        if self.encoder.chain.turns == 2:
+            suffix = read_turn2(
+                self.graphdef,
+                layout.turn2_prompt_start,
+                params,
+                cache,
+                suffix,
+                *map(place, (prompt2[..., :-1], positions2[..., :-1], mask2[..., :-1], keyframes, keyframe_index)),
+            )
+            answers, _ = answer_turn2(
+                self.graphdef,
+                layout.turn2_start - 1,
+                layout.turn2,
+                config,
+                params,
+                cache,
+                suffix,
+                *map(place, (prompt2[..., -1], next2 - 1, alive)),
+                keys,
+            )
+            tokens2, logprobs2, real2 = map(own_rows, answers)
+        else:
+            tokens2, logprobs2, real2 = (np.zeros((count, group, 0), kind) for kind in (np.int32, np.float32, bool))
         texts2 = self._texts(tokens2, real2)
         ended2 = _ended(tokens2, real2, config.end_token)
 
         chains = []
         for b, prompt in enumerate(prompts):
             row = []
-            for g, turn1 in enumerate(turns1[b]):
-                turn2, box = None, None
-                if turn1.ok:
+            for g, (turn1, turn2) in enumerate(parsed[b]):
+                if alive[b, g]:
                     turn2 = parse_turn2(texts2[b][g]) if ended2[b, g] else _unfinished(Turn2)
+                box = None
                 if turn2 is not None and turn2.ok:
-                    box = box_to_original(turn2.box, self.encoder.chain.keyframe_size, *prompt.size)
+                    box = box_to_original(turn2.box, self.encoder.chain.box_size, *prompt.size)
                 row.append(
                     Rollout(
                         answer1=texts1[b][g],
-                        answer2=texts2[b][g] if turn1.ok else None,
+                        answer2=texts2[b][g] if alive[b, g] else None,
                         turn1=turn1,
                         turn2=turn2,
                         box=box,
-                        truncated=not ended1[b, g] or bool(turn1.ok and not ended2[b, g]),
+                        truncated=bool(not ended1[b, g] or (alive[b, g] and not ended2[b, g])),
                         tokens1=int(lengths1[b, g]),
                         tokens2=int(real2[b, g].sum()),
                     )
@@ -193,29 +194,35 @@ class RolloutEngine:
             [decode(row[keep]) for row, keep in zip(*group, strict=True)] for group in zip(tokens, kept, strict=True)
         ]
 
-    def _turn2_arrays(self, turns: list[list[Turn1]], start: np.ndarray):
-        """Turn-2 prompts of all rollouts [B, G, Q]; rollouts whose turn 1 failed get padding only."""
+    def _parse_first(self, text: str, frames: int, ended: bool) -> tuple[Turn1, Turn2 | None]:
+        """What the first answer says; the box too in a chain of one turn."""
+        if not ended:
+            return _unfinished(Turn1), None
+        return (parse_turn1(text, frames), None) if self.encoder.chain.turns == 2 else parse_one_turn(text, frames)
+
+    def _turn2_arrays(self, turns: list[list[Turn1 | None]], start: np.ndarray):
+        """Turn-2 prompts of all rollouts [B, G, Q]; those without a second turn (None) get padding only."""
         layout = self.encoder.layout
         shape = (*start.shape, layout.turn2_prompt)
         tokens, mask = np.full(shape, self.sampling.pad_token, np.int32), np.zeros(shape, bool)
         positions, following = np.zeros((*start.shape, 3, layout.turn2_prompt), np.int32), np.ones_like(start)
         for b, g in np.ndindex(*start.shape):
-            if turns[b][g].ok:
+            if turns[b][g] is not None:
                 encoded = self.encoder.turn2(turns[b][g].description, int(start[b, g]))
                 tokens[b, g], positions[b, g], mask[b, g] = encoded.tokens, encoded.positions, encoded.mask
                 following[b, g] = encoded.next_position
         return tokens, positions, mask, following
 
-    def _keyframes(self, prompts: Sequence[Prompt], turns: list[list[Turn1]]) -> tuple[np.ndarray, np.ndarray]:
+    def _keyframes(self, prompts: Sequence[Prompt], turns: list[list[Turn1 | None]]) -> tuple[np.ndarray, np.ndarray]:
         """`keyframes` and `keyframe_index` of a RolloutBatch; each frame is decoded once however many chose it."""
         side = self.encoder.chain.keyframe_size
         images = np.zeros((len(prompts), len(turns[0]), side, side, 3), np.uint8)
         index = np.full(images.shape[:2], -1, np.int32)
         for b, (prompt, row) in enumerate(zip(prompts, turns, strict=True)):
-            chosen = list(dict.fromkeys(turn.frame_idx for turn in row if turn.ok))
+            chosen = list(dict.fromkeys(turn.frame_idx for turn in row if turn is not None))
             for slot, frame in enumerate(chosen):
                 images[b, slot] = resize_square(decode_frame(prompt.jpegs[frame]), side)
-            index[b] = [chosen.index(turn.frame_idx) if turn.ok else -1 for turn in row]
+            index[b] = [chosen.index(turn.frame_idx) if turn is not None else -1 for turn in row]
         return images, index
 
 
@@ -278,8 +285,9 @@ def read_turn2(
     return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, prefix, cache)[1]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
 def answer_turn2(graphdef, slot, limit, sampling, params, prefix, cache, token, position, alive, keys):
     policy, keys = nnx.merge(graphdef, *params), jax.random.wrap_key_data(keys)
-    *answer, _ = decode_answer(policy, prefix, cache, token, position, alive, keys, slot, limit, sampling)
-    return _answer(policy, answer)
+    # The cache goes back so that the loop can work in the memory of the one that was given.
+    *answer, cache = decode_answer(policy, prefix, cache, token, position, alive, keys, slot, limit, sampling)
+    return _answer(policy, answer), cache

@@ -6,6 +6,8 @@
              turn-2 prompt slots                           padded on the LEFT: the second answer follows it directly
              turn2 slots                                   second answer, padded on the right
 
+A chain of one turn has no slots behind the first answer.
+
 Slot 0 belongs to the suffix so that every sampled token is predicted by the hidden state of the suffix slot before it,
 and the prefix needs no head. Masks hide the padding; rotary positions are those of the conversation without any.
 """
@@ -107,11 +109,12 @@ class PromptEncoder:
     @property
     def layout(self) -> SlotLayout:
         video = self.chain.frames // self.model.vision.temporal_patch_size * self.frame_tokens
+        second = self.chain.turns == 2
         return SlotLayout(
             prefix=video + self.chain.query_tokens,
             turn1=self.chain.turn1_tokens,
-            turn2_prompt=self.image_tokens + self.chain.turn2_prompt_tokens,
-            turn2=self.chain.turn2_tokens,
+            turn2_prompt=self.image_tokens + self.chain.turn2_prompt_tokens if second else 0,
+            turn2=self.chain.turn2_tokens if second else 0,
         )
 
     def prefix(self, query: str, frames: int, seconds: float) -> EncodedPrefix:

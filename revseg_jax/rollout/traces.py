@@ -31,7 +31,7 @@ def trace_record(
         "group": sample,
         "prompt1": prefix_text(chain, batch.query[b], count, float(batch.seconds[b])),
         "answer1": rollout.answer1,
-        "prompt2": turn2_prompt_text(chain, rollout.turn1.description) if rollout.turn1.ok else None,
+        "prompt2": turn2_prompt_text(chain, rollout.turn1.description) if rollout.answer2 is not None else None,
         "answer2": rollout.answer2,
         "keyframe": keyframe,
         "frame": frame,
