@@ -14,7 +14,7 @@ from revseg_jax.rewards.scoring import PendingRewards
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.sampling import rollout_keys
-from revseg_jax.train import step_metrics
+from revseg_jax.step_metrics import reward_metrics, rollout_metrics
 
 CONFIG = Config(
     rewards=RewardsConfig(preset="custom", temporal=1.0), rollout=RolloutConfig(prompts_per_step=3, group_size=2)
@@ -116,7 +116,7 @@ def test_metrics_say_how_many_rollouts_were_truncated():
     rows = [[replace(rollout, truncated=g == 0 and b > 0) for g, rollout in enumerate(row)]
             for b, row in enumerate(first.chains)]  # fmt: skip
     first = first._replace(pending=[replace(first.pending[0], chains=rows, scores=[None] * 3)])
-    metrics = step_metrics(first, first.rewards(CONFIG))
+    metrics = reward_metrics(first.rewards(CONFIG)) | rollout_metrics(first)
     assert metrics["rollout/truncated_count"] == 2 and metrics["rollout/truncated"] == pytest.approx(1 / 3)
     assert metrics["rollout/wasted_decode_steps"] == pytest.approx(1 - 24 / 30)
     assert metrics["reward/groups_without_spread"] == pytest.approx(2 / 3)
