@@ -60,7 +60,7 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
-    with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints)) as run:
+    with heed_sigterm() as interruption, closing(RunFolder(config, source.fingerprints, loaded.folder)) as run:
         return run_steps(config, loaded, client, source, run, interruption)
 
 
