@@ -71,9 +71,25 @@ class Checkpoints:
         self._before_save()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator))
         try:
+            self._manager.wait_until_finished()
+            self._check_room(state)
             self._manager.save(step, args=items)
         except (OSError, ValueError) as error:
             raise self._not_written(error) from None
+
+    def _check_room(self, state: Any) -> None:
+        """Raises OSError when the disk has less room than the newest checkpoint takes, or than this state's arrays do.
+
+        Orbax would find out too, but midway, and its threads would write tracebacks of it.
+        """
+        newest = self.latest_step()
+        if newest is None:
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        else:
+            files = (path for path in (self.folder / str(newest)).rglob("*") if path.is_file())
+            needed = sum(path.stat().st_size for path in files)
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, iterator state) of the newest checkpoint that can be read, placed like `state`.

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from revseg_jax.config import Config
+from revseg_jax.digests import digest
 from revseg_jax.parallel.mesh import make_mesh
 
 PACKAGES = (
@@ -34,11 +35,13 @@ PACKAGES = (
     "torch",
     "sam2",
 )
+EDGE_BYTES = 65536
 CONDITIONS = ("versions", "platform", "device_kinds", "processes", "mesh", "flags")  # what may change the bits
 
 
-def manifest(config: Config, fingerprints: list[str]) -> dict[str, Any]:
-    """JSON-ready. fingerprints: of the folders of `data.train`."""
+def manifest(config: Config, fingerprints: list[str], policy: Path) -> dict[str, Any]:
+    """JSON-ready. fingerprints: of the folders of `data.train`; policy: the folder of the policy that the run starts
+    from and, with a KL, is held near to."""
     devices = jax.devices()
     return {
         "command": sys.argv,
@@ -57,8 +60,22 @@ def manifest(config: Config, fingerprints: list[str]) -> dict[str, Any]:
         "mesh": dict(make_mesh(config.mesh).shape),
         "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
         "data_fingerprints": fingerprints,
+        "policy_fingerprint": policy_fingerprint(policy),
         "git": _git_revision(),
     }
+
+
+def policy_fingerprint(folder: Path) -> str:
+    """Of a checkpoint folder's weights and configs: names, sizes and both ends of the files, so that it is quick."""
+    parts = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                for begin in (0, max(size - EDGE_BYTES, 0)):
+                    file.seek(begin)
+                    parts += [path.name, size, file.read(EDGE_BYTES)]
+    return digest(parts)
 
 
 def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

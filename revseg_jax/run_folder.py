@@ -37,11 +37,12 @@ MAY_CHANGE = frozenset(
 class RunFolder:
     """Opens `config.run.dir` for a training run, new or resumed.
 
-    A resumed run must have the same data and the same config but for what `MAY_CHANGE` names. Raises InputError when it
-    has others, or when another process trains in the folder; RunFailure when the folder cannot be written.
+    A resumed run must have the same data, start policy and config but for what `MAY_CHANGE` names. Raises InputError
+    when it has others, or when another process trains in the folder; RunFailure when the folder cannot be written.
     """
 
-    def __init__(self, config: Config, fingerprints: list[str]):
+    def __init__(self, config: Config, fingerprints: list[str], policy: Path):
+        """fingerprints: of the training data; policy: the folder of the policy that the run starts from."""
         self._mirror = Mirror(config.run.dir)
         self.path = self._mirror.local
         try:
@@ -54,7 +55,7 @@ class RunFolder:
             folder = self._mirror.folder / "checkpoints"
             self.checkpoints = Checkpoints(folder, kept, before_save=self._mirror.push)
             self.resumes = self.checkpoints.latest_step() is not None
-            conditions = manifest(config, fingerprints)
+            conditions = manifest(config, fingerprints, policy)
             if self.resumes:
                 self._check_same(config)
                 conditions["earlier_starts"] = self._earlier_starts(conditions)
@@ -89,12 +90,13 @@ class RunFolder:
             )
 
     def _earlier_starts(self, conditions: dict[str, Any]) -> list[dict[str, Any]]:
-        """What run.json said at each start before this one, without the config. Raises InputError for other data."""
+        """What run.json said at each start before this one, without the config. Raises InputError for other data or
+        another start policy, which is also the reference."""
         path = self.path / "run.json"
         before = json.loads(path.read_text()) if path.exists() else {}
-        data = before.get("data_fingerprints", conditions["data_fingerprints"])
-        if data != conditions["data_fingerprints"]:
-            raise InputError(f"{self.path} holds a run on other data than data.train is now: choose another run.dir")
+        for name, where in (("data_fingerprints", "data.train"), ("policy_fingerprint", "policy.path")):
+            if before.get(name, conditions[name]) != conditions[name]:
+                raise InputError(f"{self.path} holds a run with other files in {where}: choose another run.dir")
         for difference in changed_conditions(before, conditions):
             print(f"revseg: warning: the run goes on with {difference}; that may change its bits", file=sys.stderr)
         earlier = before.pop("earlier_starts", [])

@@ -70,7 +70,9 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
-    open_run = partial(RunFolder, config, source.fingerprints) if leads() else partial(RunFollower, config)
+    open_run = (
+        partial(RunFolder, config, source.fingerprints, loaded.folder) if leads() else partial(RunFollower, config)
+    )
     with heed_sigterm() as interruption, closing(open_run()) as run, telling_others():
         return run_steps(config, loaded, client, source, run, interruption)
 

@@ -19,6 +19,7 @@ from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.interruption import Interrupted, heed_sigterm
+from revseg_jax.manifest import policy_fingerprint
 from revseg_jax.rollout.loading import load_engine
 
 STEPS = 8
@@ -88,11 +89,24 @@ def test_a_run_does_not_go_on_with_other_data(straight, clips, tmp_path):
     shutil.move(clips, tmp_path / "aside")
     try:
         shutil.copytree(others, clips)
-        with pytest.raises(InputError, match="other data"):
+        with pytest.raises(InputError, match="other files in data.train"):
             run(clips, folder, STEPS)
     finally:
         shutil.rmtree(clips)
         shutil.move(tmp_path / "aside", clips)
+
+
+def test_a_run_does_not_go_on_from_another_start_policy(straight, clips, tmp_path):
+    folder, policy = tmp_path / "run", tmp_path / "policy"
+    shutil.copytree(straight[0], folder)
+    shutil.copytree(load_engine(load_config(CONFIG, ["run.dir=none"])).folder, policy)
+    manifest = json.loads((folder / "run.json").read_text())
+    assert policy_fingerprint(policy) == manifest["policy_fingerprint"]
+    weights = next(policy.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (folder / "run.json").write_text(json.dumps(manifest | {"policy_fingerprint": policy_fingerprint(policy)}))
+    with pytest.raises(InputError, match="other files in policy.path"):
+        run(clips, folder, STEPS)
 
 
 def test_steps_that_are_not_finite_stop_the_run_with_their_batch(clips, tmp_path):
