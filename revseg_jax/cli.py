@@ -6,10 +6,9 @@ import argparse
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import cache_folder
+from revseg_jax.paths import cache_folder, local_only
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,6 +152,7 @@ def parser() -> Parser:
 
 def run_demo(options: argparse.Namespace) -> None:
     config = load(options, [f"run.seed={options.seed}"])
+    local_only(config.run.dir)
     from revseg_jax import demo
 
     demo.main(config)
@@ -169,6 +169,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    local_only(options.out)
     named = {"policy.path": options.policy, "tracker.checkpoint": options.tracker}
     named |= {"tracker.config": options.tracker_config}
     config = load(options, ["run.dir=.", *(f"{key}={value}" for key, value in named.items() if value is not None)])
@@ -208,6 +209,7 @@ def run_filter(options: argparse.Namespace) -> None:
 
 
 def run_segment(options: argparse.Namespace) -> None:
+    local_only(options.out)
     from revseg_jax import segment
 
     segment.main(
@@ -277,11 +279,11 @@ def run_export(options: argparse.Namespace) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from revseg_jax.report.html import write_report
 
-    print(write_report(Path(options.folder)))
+    print(write_report(local_only(options.folder)))
 
 
 def run_make_assets(options: argparse.Namespace) -> None:
-    out = Path(options.out)
+    out = local_only(options.out)
     if options.which == "policy":
         from revseg_jax.config import load_config
         from revseg_jax.pretraining.asset import make_policy
