@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import cache_folder
+from revseg_jax.paths import cache_folder, local_only
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,6 +191,7 @@ def parser() -> Parser:
 
 def run_demo(options: argparse.Namespace) -> None:
     config = load(options, [f"run.seed={options.seed}"])
+    local_only(config.run.dir)
     from revseg_jax import demo
 
     demo.main(config)
@@ -222,6 +223,7 @@ def run_compile(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    local_only(options.out)
     named = {"policy.path": options.policy, "tracker.checkpoint": options.tracker}
     named |= {"tracker.config": options.tracker_config}
     config = load(options, ["run.dir=.", *(f"{key}={value}" for key, value in named.items() if value is not None)])
@@ -271,6 +273,7 @@ def run_filter(options: argparse.Namespace) -> None:
 
 
 def run_segment(options: argparse.Namespace) -> None:
+    local_only(options.out)
     from revseg_jax import segment
 
     segment.main(
@@ -342,11 +345,11 @@ def run_export(options: argparse.Namespace) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from revseg_jax import report
 
-    report.main(options.folders)
+    report.main([local_only(folder) for folder in options.folders])
 
 
 def run_make_assets(options: argparse.Namespace) -> None:
-    out = Path(options.out)
+    out = local_only(options.out)
     if options.which == "policy":
         from revseg_jax.config import load_config
         from revseg_jax.pretraining.asset import make_policy

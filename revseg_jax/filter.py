@@ -20,7 +20,7 @@ from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.metrics import region_similarity
-from revseg_jax.paths import is_remote
+from revseg_jax.paths import local_only
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.train import tracker_client
 
@@ -36,11 +36,7 @@ def main(folder: str, threshold: float, config: Config) -> dict[str, Any]:
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold} is not between 0 and 1")
-    if is_remote(folder):
-        raise InputError(
-            f"{folder}: filter the local folder, then copy it: gcloud storage cp --recursive FOLDER gs://..."
-        )
-    path = Path(folder)
+    path = local_only(folder)
     total = read_prepared(path)["expressions"].get(SPLIT)
     if total is None:
         raise InputError(f"{folder} has no split {SPLIT!r}: only training data is filtered")

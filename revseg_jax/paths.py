@@ -36,6 +36,13 @@ def is_remote(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
+def local_only(name: str | os.PathLike) -> Path:
+    """The path, for commands that need a disk. Raises InputError for a remote one."""
+    if is_remote(name):
+        raise InputError(f"{name}: this works on a local folder; copy it with gcloud storage cp --recursive")
+    return Path(name)
+
+
 def absolute(path: AnyPath) -> AnyPath:
     """Remote paths are so already; epath would put the working directory before them."""
     return path if is_remote(path) else path.absolute()

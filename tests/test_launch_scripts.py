@@ -223,6 +223,16 @@ def test_watch_starts_a_failed_trainer_again_but_not_for_ever(scripts):
     assert scripts.verbs() == ["log", "train", "log", "train", "log"]
 
 
+def test_watch_blames_a_slice_that_cannot_be_reached_not_the_trainer(scripts):
+    """One host is gone before the queue says so: the others failed, and starting them fails."""
+    queue = ["ACTIVE"] * 3 + ["SUSPENDED", "SUSPENDED", "SUSPENDED", "", "ACTIVE"]
+    states = [FAILED] * 7 + [FINISHED]  # three looks and two of train.sh in each, then that of the new slice
+    replies = ((STATE, queue), (STATES, states), ("systemd-run", [255, 255, 255, ""]))
+    code, err = watched(scripts, *replies, MAX_FAILURES="1")
+    assert code == 0, err
+    assert scripts.verbs()[-5:] == ["delete", "create", "setup", "train", "log"]
+
+
 def test_watch_ends_where_starting_again_changes_nothing(scripts):
     code, err = watched(scripts, (STATE, ["ACTIVE"]), (STATES, [f"{FAILED}\n{REFUSED}"]))
     assert code == 2 and "refuses" in err and scripts.verbs() == ["log"]

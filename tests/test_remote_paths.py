@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from object_store import ObjectStore
 
+from revseg_jax.cli import main
 from revseg_jax.config import load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
@@ -60,7 +61,7 @@ def test_clips_stream_from_the_store(store, tmp_path):
     assert len(ClipSource([remote], "train")) < len(here)
     with pytest.raises(InputError, match="not a prepared dataset"):
         ClipSource(["gs://data/nothing"], "train")
-    with pytest.raises(InputError, match="copy it"):
+    with pytest.raises(InputError, match="copy it with gcloud"):
         prepare_synthetic("gs://data/new", "easy", 1, 1, seed=0)
 
 
@@ -149,3 +150,27 @@ def test_files_that_went_away_here_go_away_there(store):
     (mirror.local / "traces" / "a").unlink()
     mirror.push()
     assert {key for key in store.objects if key.startswith("runs/c/")} == {"runs/c/b", "runs/c/owner"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prepare", "synthetic", "--out", "gs://b/x"],
+        ["filter", "gs://b/x"],
+        ["segment", "video.mp4", "which?", "--out", "gs://b/x"],
+        ["evaluate", "--out", "gs://b/x"],
+        ["report", "gs://b/x"],
+        ["demo", "run.dir=gs://b/x"],
+    ],
+)
+def test_commands_that_need_a_disk_say_so(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "copy it with gcloud storage cp" in capsys.readouterr().err
+
+
+def test_a_store_without_its_client_is_one_line(monkeypatch):
+    monkeypatch.setattr("revseg_jax.paths.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install gcsfs"):
+        path_of("gs://b/x")
+    assert path_of("runs/x") == Path("runs/x")

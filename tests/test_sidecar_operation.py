@@ -142,7 +142,7 @@ def test_service_files_say_what_the_command_understands():
         command = container[probe]["exec"]["command"]
         assert command[0] == "revseg"
         commands.append(command[1:])
-    docker = (folder / "Dockerfile").read_text()
+    docker = (folder.parent / "Dockerfile").read_text()
     example = re.search(r"revseg-sidecar \\\n((?:# .*\n)+)", docker)[1]
     commands.append(["sidecar", *example.replace("#", " ").replace("\\", " ").split()])
     options = [cli.parser().parse_args(command) for command in commands]

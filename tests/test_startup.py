@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from revseg_jax.cli import main
 from revseg_jax.errors import InputError
 from revseg_jax.parallel.startup import Processes, find_processes
 
@@ -123,3 +124,14 @@ def test_two_processes_join_over_loopback():
         words, errors = process.communicate(timeout=300)
         lines = [line for line in words.splitlines() if not line.startswith("[Gloo]")]
         assert lines == [f"process {index} of 2 (coordinator {address})", "4 [10, 11]"], errors
+
+
+def test_compilations_are_kept_in_the_cache_folder_unless_the_environment_names_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for named, expected in ((None, str(tmp_path / "revseg_jax" / "compilations")), ("gs://b/c", "gs://b/c")):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        if named:
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path / "no run")])
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == expected

@@ -47,14 +47,15 @@ while true; do
     found=$(look)
     [[ ! $DRY_RUN && ($found == unreachable || $found == lost*) ]] || print_log
     [[ ! $DRY_RUN ]] || exit 0
-    if [[ $found == unreachable ]]; then ((++unreachable)); else unreachable=0; fi
     case $found in
+        running) unreachable=0 ;;
         finished) say "the run is finished" && exit 0 ;;
         refused) fail 2 "the trainer refuses its settings: see above" ;;
         failed)
-            ((++failures <= MAX_FAILURES)) || fail 1 "the trainer failed $failures times: see above"
-            say "the trainer failed: start $failures of $MAX_FAILURES from the newest checkpoint"
-            script train.sh || say "it could not be started: another look follows"
+            ((failures < MAX_FAILURES)) || fail 1 "the trainer failed $((failures + 1)) times: see above"
+            say "the trainer failed: it is started from its newest checkpoint"
+            # A host that does not answer is no fault of the trainer: its slice is on its way out.
+            if script train.sh; then ((++failures)); else ((++unreachable)); fi
             ;;
         'lost WAITING_FOR_RESOURCES' | 'lost PROVISIONING' | 'lost CREATING' | 'lost ACCEPTED')
             again
@@ -62,14 +63,14 @@ while true; do
         lost*)
             ((++restarts <= MAX_RESTARTS)) || fail 1 "the slice was lost $restarts times"
             say "the slice is gone (${found#lost }): restart $restarts of $MAX_RESTARTS from the newest checkpoint"
+            unreachable=0
             again
             ;;
-        unreachable)
-            if ((unreachable >= UNREACHABLE)); then
-                say "no answer from the slice $unreachable times: it is deleted"
-                script delete.sh || true
-            fi
-            ;;
+        unreachable) ((++unreachable)) ;;
     esac
+    if ((unreachable >= UNREACHABLE)); then
+        say "no answer from the slice $unreachable times: it is deleted"
+        script delete.sh || true
+    fi
     sleep "$POLL_SECONDS"
 done

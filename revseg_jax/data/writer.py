@@ -27,7 +27,7 @@ from revseg_jax.data.prepared import FORMAT, MARKER, read_prepared
 from revseg_jax.data.processes import process_pool
 from revseg_jax.data.records import features, hash_record
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import is_remote
+from revseg_jax.paths import local_only
 
 PROBLEMS = "problems.jsonl"
 Built = tuple[dict | None, list[Problem]]  # a video's record, None when it is unusable, and what is wrong with it
@@ -76,11 +76,7 @@ def write_dataset(
     Raises InputError when the folder holds anything else or a split nothing usable, RunFailure when it cannot be
     written; what was done stays for the next time.
     """
-    if is_remote(out):
-        raise InputError(
-            f"{out}: prepare into a local folder, then copy it: gcloud storage cp --recursive FOLDER gs://..."
-        )
-    out = Path(out)
+    out = local_only(out)
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
     if out.exists():
         return _reuse(out, settings)
