@@ -14,10 +14,19 @@ from revseg_jax.paths import cache_folder, local_only
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all our errors are."""
+    """argparse whose errors are one line, as all our errors are, and whose key=value words may stand anywhere."""
 
     def error(self, message: str):
         self.exit(2, f"revseg: error: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, arguments: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        # Behind a positional argument and an option argparse takes no more words for a list that may be empty.
+        options, rest = self.parse_known_args(arguments, namespace)
+        if rest:
+            if not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+                self.error(f"unrecognized arguments: {' '.join(rest)}")
+            options.overrides = [*options.overrides, *rest]
+        return options
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -123,6 +123,17 @@ def test_presets_change_what_they_name_and_nothing_else(preset):
     assert OmegaConf.merge(alone, named) == layered
 
 
+def test_overrides_may_stand_anywhere(capsys):
+    words = ["reproduce", "chain", "run.steps=7", "--seeds", "1", "run.seed=2", "--clips", "3", "4", "data.workers=1"]
+    options = parser().parse_args(words)
+    assert (options.table, options.clips) == ("chain", [3, 4])
+    assert options.overrides == ["run.steps=7", "run.seed=2", "data.workers=1"]
+    for stray in ("word", "--option=1"):
+        code, err = failing(capsys, *words, stray)
+        assert code == 2 and stray in err
+    assert failing(capsys, "report", "run", "run.steps=7")[0] == 2
+
+
 def test_every_command_lays_its_configs_over_each_other():
     options = parser().parse_args(["demo", "--config", DEMO, "--config", str(CONFIGS / "demo_ppo.yaml"), "run.steps=7"])
     config = load(options)
