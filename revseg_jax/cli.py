@@ -166,7 +166,8 @@ def run_train(options: argparse.Namespace) -> None:
     if os.environ.get("REVSEG_COORDINATOR"):
         from revseg_jax.parallel.processes import join
 
-        join(*(os.environ["REVSEG_COORDINATOR"], *(int(os.environ[f"REVSEG_PROCESS_{n}"]) for n in ("COUNT", "ID"))))
+        count, index = (int(os.environ[f"REVSEG_PROCESS_{name}"]) for name in ("COUNT", "ID"))
+        join(os.environ["REVSEG_COORDINATOR"], count, index)
     from revseg_jax import train
 
     train.main(config)
