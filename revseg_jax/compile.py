@@ -30,11 +30,13 @@ class Compiled:
     cost: of one run on one chip
     temporary: bytes a chip beside arguments and results
     seconds: that compiling took
+    open_loops: loops of unknown length, and how often each was taken to run
     """
 
     cost: Estimate
     temporary: int
     seconds: float
+    open_loops: tuple[int, int]
 
 
 def main(config: Config, topology: str, names: list[str], as_json: bool) -> None:
@@ -81,9 +83,9 @@ def compile_program(programs: StepPrograms, name: str, pod: Pod) -> Compiled:
             raise
         raise RunFailure(f"{pod.name}: the program {name} does not fit: {too_large(str(error))}") from None
     seconds = time.perf_counter() - begin
-    work = parse(compiled.as_text()).work(programs.loop_limit(name))
-    cost = estimate(work, pod, programs.kernel_flops)
-    return Compiled(cost, compiled.memory_analysis().temp_size_in_bytes, seconds)
+    program, limit = parse(compiled.as_text()), programs.loop_limit(name)
+    cost = estimate(program.work(limit), pod, programs.kernel_flops)
+    return Compiled(cost, compiled.memory_analysis().temp_size_in_bytes, seconds, (program.open_loops, limit))
 
 
 def too_large(text: str) -> str:
@@ -145,6 +147,7 @@ def figures(one: Compiled) -> dict[str, Any]:
         "seconds": cost.seconds,
         "temporary_bytes": one.temporary,
         "compile_seconds": round(one.seconds, 1),
+        "open_loops": one.open_loops,
         "dearest": [[kind, source, seconds] for (kind, source), seconds in cost.by_source.most_common(2 * NAMED)],
     }
 
@@ -176,6 +179,10 @@ def table(found: dict[str, Any]) -> str:
     for name, one in found["programs"].items():
         said = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in sorted(one["collective_bytes"].items()))
         lines.append(f"  {name:<14}{said or 'none'}")
+    for name, one in found["programs"].items():
+        loops, times = one["open_loops"]
+        if loops:
+            lines.append(f"  {name}: {loops} loops of unknown length were counted {times} times each")
     for name, one in found["programs"].items():
         lines += ["", f"dearest places of {name}, seconds"]
         lines += [f"  {seconds:>9.4f}  {kind}  {source[-90:]}" for kind, source, seconds in one["dearest"]]

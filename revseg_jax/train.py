@@ -31,7 +31,7 @@ from revseg_jax.parallel.processes import (
     mean_over_processes,
     telling_others,
 )
-from revseg_jax.parallel.rows import check_rows, place_rows, process_share
+from revseg_jax.parallel.rows import check_spread, place_rows, process_share
 from revseg_jax.progress import Progress
 from revseg_jax.rewards.total import RolloutReward, weights_from
 from revseg_jax.rollout.batch import RolloutBatch
@@ -85,7 +85,9 @@ def run_steps(
     run: RunFolder | RunFollower,
     interruption: Interruption,
 ) -> TrainState:
-    check_spread(config, loaded)
+    check_spread(loaded.placement, config)
+    if config.rollout.resample_limit and jax.process_count() > 1:
+        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
     share = process_share(loaded.placement)
     steps = training_steps(
         source, config.chain, config.rollout.prompts_per_step, config.run.seed, *share, workers=config.data.workers
@@ -192,22 +194,6 @@ def run_steps(
     if agree(interruption.requested) and leads():
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
-
-
-def check_spread(config: Config, loaded: LoadedEngine) -> None:
-    """Raises InputError for numbers of prompts that the mesh cannot spread evenly, and for what needs one process."""
-    rollout, learner = config.rollout, config.learner
-    prompts = rollout.prompts_per_step
-    counts = {
-        "rollout.prompts_per_step": prompts,
-        "rollout.prompts_per_batch": rollout.prompts_per_batch or prompts,
-        "learner.prompts_per_microbatch": learner.prompts_per_microbatch or prompts // learner.minibatches,
-    }
-    check_rows(loaded.placement, **counts)
-    if rollout.resample_limit and jax.process_count() > 1:
-        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
-    if config.run.evaluate_every and jax.process_count() > 1:
-        raise InputError("run.evaluate_every evaluates in one process: with several, evaluate exported checkpoints")
 
 
 def step_digests(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from revseg_jax.cli import main
-from revseg_jax.compilation.hlo import parse
+from revseg_jax.compilation.hlo import Array, Work, parse
 from revseg_jax.compilation.programs import PROGRAMS, make_programs
 from revseg_jax.compilation.roofline import CHIPS, Pod, estimate
 from revseg_jax.compile import too_large
@@ -136,6 +136,26 @@ def test_larger_groups_use_more_axes_and_other_slices_the_network():
     assert open_ended.collective_seconds("all-gather", size, (0, 1, 2, 3)) == pytest.approx(size * 3 / 4 / 4.5e10)
 
 
+def test_kernels_compute_the_blocks_that_their_masks_show():
+    """Prefix, suffixes and the vision tower; forward, and the two kernels of the backward pass."""
+    config = load_config(ROOT / "configs/revseg_7b.yaml", ["run.dir=."])
+    programs = make_programs(config, make_placement(config.mesh))
+    prefix, own = 2304, 1792  # padded to blocks of 256
+
+    def flops(name, queries, keys, width=128):
+        shapes = (2, 28, queries, width), (2, 4, keys, width)
+        arrays = (Array("s32", (1, 7, 7), True), *(Array("bf16", shape, True) for shape in shapes))
+        return programs.kernel_flops(Work("kernel", f"jit(update)/splash_mha_{name}", 0.0, 0.0, 1, arrays=arrays))
+
+    one_pair = 2 * 2 * 28 * 128
+    causal = sum(256 * 256 * (block + 1) for block in range(prefix // 256))
+    assert flops("fwd", prefix, prefix) == pytest.approx(2 * one_pair * causal)
+    suffixes = 8 * sum(256 * (prefix + 256 * (block + 1)) for block in range(own // 256))
+    for name, products in (("fwd", 2), ("dkv", 4), ("dq", 3)):
+        assert flops(name, 8 * own, prefix + 8 * own) == pytest.approx(products * one_pair * suffixes)
+    assert flops("fwd", 1024, 1024, 80) == pytest.approx(2 * 2 * 2 * 28 * 1024 * 1024 * 80)
+
+
 def test_published_sizes_have_the_published_numbers_of_parameters():
     """Billions, from the model cards: 3.75, 8.29, 33.5 and 73.4."""
     from flax import nnx
@@ -187,7 +207,7 @@ def test_the_tiny_update_compiles_for_a_small_slice():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["chips"] == 4 and found["mesh"] == {"slice": 1, "data": 1, "fsdp": 2, "tensor": 2} and found["fits"]
     update = found["programs"]["update"]
-    assert update["flops"] > 0 and update["collective_bytes"]["all-gather"] > 0
+    assert update["open_loops"] == [0, 1] and update["flops"] > 0 and update["collective_bytes"]["all-gather"] > 0
     assert 0 < found["mfu_without_overlap"] < found["mfu"] < 1 and "predicted MFU" in done.stdout
     memory = found["memory"]
     # Two moments of what is trained; everything, the vision tower that is not, in half or quarters.

@@ -138,6 +138,12 @@ class Program:
         the one with more bytes and products counts."""
         return iter(self._work(self.entry, 1.0, unknown_trips))
 
+    @property
+    def open_loops(self) -> int:
+        """How many loops there are whose length is not known."""
+        loops = ((c, i) for c in self.computations.values() for i in c.instructions.values() if i.opcode == "while")
+        return sum(math.isnan(self._trips(computation, loop, math.nan)) for computation, loop in loops)
+
     def _work(self, name: str, times: float, unknown_trips: float) -> list[Work]:
         computation, found = self.computations[name], []
         for instruction in computation.instructions.values():

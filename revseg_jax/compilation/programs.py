@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,10 @@ from revseg_jax.config import Config
 from revseg_jax.errors import InputError
 from revseg_jax.learner.experience import Experience, Scores
 from revseg_jax.learner.update import Learner, TrainState, make_learner
-from revseg_jax.parallel.rows import check_rows
+from revseg_jax.parallel.rows import check_spread
 from revseg_jax.parallel.sharding import Placement, tree_shardings
 from revseg_jax.policy.attention import AttentionChoice
-from revseg_jax.policy.attention_kernels import padded_length
+from revseg_jax.policy.attention_kernels import block_size, padded_length
 from revseg_jax.policy.checkpoint import resolve_folder
 from revseg_jax.policy.config import PUBLISHED, ModelConfig, read_config
 from revseg_jax.policy.model import Policy
@@ -217,9 +218,9 @@ class StepPrograms:
         own, shared = padded_length(self.layout.suffix), padded_length(self.layout.prefix)
         group = self.config.rollout.group_size
         if (queries, keys) == (group * own, shared + group * own):
-            return (shared + (own + 256) / 2) / keys
+            return (shared + (own + block_size(math.gcd(own, shared))) / 2) / keys
         causal = queries == shared and width >= self.model.text.head_dim
-        return (1 + 256 / shared) / 2 if causal else 1.0
+        return (1 + block_size(shared) / shared) / 2 if causal else 1.0
 
     def memory(self) -> dict[str, int]:
         """Bytes a chip of what stays during a step, by kind."""
@@ -255,14 +256,7 @@ class StepPrograms:
 
 def make_programs(config: Config, placement: Placement) -> StepPrograms:
     """Raises InputError for an unknown policy or numbers of prompts that the mesh cannot spread evenly."""
-    rollout, learner = config.rollout, config.learner
-    prompts = rollout.prompts_per_step
-    counts = {
-        "rollout.prompts_per_step": prompts,
-        "rollout.prompts_per_batch": rollout.prompts_per_batch or prompts,
-        "learner.prompts_per_microbatch": learner.prompts_per_microbatch or prompts // learner.minibatches,
-    }
-    check_rows(placement, **counts)
+    check_spread(placement, config)
     return StepPrograms(config, model_config(config.policy.path), placement)
 
 

@@ -13,7 +13,7 @@ def store_reference(kind: str, trained: Any) -> Any:
     host memory, each host holding what its devices hold of `trained`."""
     if kind == "device":
         return trained
-    small = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree))(trained)
+    small = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.bfloat16), tree))(trained)
     return _moved(small, "pinned_host") if kind == "host" else small
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from revseg_jax.config import Config
 from revseg_jax.errors import InputError
 from revseg_jax.parallel.sharding import Placement
 
@@ -30,9 +31,17 @@ def process_share(placement: Placement) -> tuple[int, int]:
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
-def check_rows(placement: Placement, **counts: int) -> None:
-    """Raises InputError when one of the numbers of prompts, named by their settings, cannot be spread evenly."""
-    parts = placement.parts("prompts")
+def check_spread(placement: Placement, config: Config) -> None:
+    """Raises InputError for numbers of prompts that the mesh cannot spread evenly, and for what needs one process."""
+    if config.run.evaluate_every and jax.process_count() > 1:
+        raise InputError("run.evaluate_every evaluates in one process: with several, evaluate exported checkpoints")
+    prompts, parts = config.rollout.prompts_per_step, placement.parts("prompts")
+    counts = {
+        "rollout.prompts_per_step": prompts,
+        "rollout.prompts_per_batch": config.rollout.prompts_per_batch or prompts,
+        "learner.prompts_per_microbatch": config.learner.prompts_per_microbatch
+        or prompts // config.learner.minibatches,
+    }
     for name, count in counts.items():
         if count % parts:
             raise InputError(

@@ -114,11 +114,16 @@ def padded_length(length: int) -> int:
     return -(-length // block) * block
 
 
+def block_size(length: int) -> int:
+    """Slots of splash's blocks for rows whose padded lengths are multiples of `length`."""
+    return next(size for size in (512, 256, LANES) if length % size == 0)
+
+
 def _blocks(length: int, fused: bool = True):
     """Splash's block sizes for rows whose lengths are multiples of `length`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block = next(size for size in (512, 256, LANES) if length % size == 0)
+    block = block_size(length)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     names += () if fused else ("block_q_dq", "block_kv_dq")
     return splash.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=fused)
