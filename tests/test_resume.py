@@ -115,7 +115,7 @@ def wait_for(condition, process, seconds=300):
     while not condition():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() - begin < seconds
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def test_kill_and_sigterm_change_nothing(straight, clips, command, tmp_path):
@@ -126,14 +126,12 @@ def test_kill_and_sigterm_change_nothing(straight, clips, command, tmp_path):
     killed.kill()
     killed.communicate()
 
-    before = len(digests(folder))
     ended = command(folder, 4, "run.checkpoint_every=100")
-    wait_for(lambda: len(digests(folder)) != before, ended)
-    ended.send_signal(signal.SIGSTOP)  # so that it has not ended yet, however long the next lines take
+    before = len(digests(folder))
+    wait_for(lambda: (folder / "digests.jsonl").exists() and len(digests(folder)) != before, ended)
     with pytest.raises(InputError, match="another process"):
         run(clips, folder, 4)
     ended.send_signal(signal.SIGTERM)
-    ended.send_signal(signal.SIGCONT)
     _, words = ended.communicate(timeout=300)
     assert ended.returncode == 0, words
 
