@@ -54,7 +54,7 @@ STAGES = (
     Stage("boxes", 1400, 8, (0, 4, 0, 0), 140, 6e-3),
     Stage("conversations", 3000, 8, (1, 1, 1, 1), 224, 5e-3),
     Stage("meanings", 1300, 8, (0, 1, 0, 1), 160, 4e-3),
-    Stage("chains", 700, 8, (1, 1, 1, 1), 224, 3e-3),
+    Stage("chains", 1100, 8, (3, 0, 0, 1), 240, 3e-3),
 )
 
 
