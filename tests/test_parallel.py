@@ -18,12 +18,13 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 from revseg_jax.config import MeshConfig
 from revseg_jax.errors import InputError
-from revseg_jax.parallel.processes import agree, failing_together, gather, join, leads, mean_over_processes
+from revseg_jax.parallel.processes import agree, failing_together, gather, leads, mean_over_processes
 from revseg_jax.parallel.rows import own_rows, place_rows, process_share
 from revseg_jax.parallel.sharding import make_placement
+from revseg_jax.parallel.startup import start_processes
 
-address, index, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-join(address, 2, index)
+index, what = int(sys.argv[1]), sys.argv[2]
+start_processes()
 with failing_together():
     if what == "rows":
         for sizes in ((1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 1, 8)):
@@ -56,14 +57,15 @@ def run_two(what):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment |= {"REVSEG_COORDINATOR": address, "REVSEG_PROCESS_COUNT": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, address, str(index), what],
+            [sys.executable, "-c", CHILD, str(index), what],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environment,
+            env=environment | {"REVSEG_PROCESS_ID": str(index)},
         )
         for index in range(2)
     ]
