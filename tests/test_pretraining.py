@@ -131,7 +131,7 @@ def test_a_chains_keyframe_is_any_visible_frame_and_its_box_holds_the_object(cha
     frames: dict[int, set[int]] = {}
     for _ in range(300):
         talk = chain_conversation(rng, seen, chain)
-        query = next(query for query in expressions if f'"{query}"' in talk.turns[0].user)
+        query = next(query for query in expressions if f"meant by '{query}'?" in talk.turns[0].user)
         target = expressions[query]
         first, second = parse_turn1(talk.turns[0].answer, 8), parse_turn2(talk.turns[1].answer)
         assert first.description == scene.objects[target].description
@@ -186,7 +186,7 @@ def test_a_packed_chain_is_the_conversation_that_the_engine_holds(embedded, chai
     assert tokenizer.decode(tokens[: slot + 1]).endswith("it is the")
     assert tokenizer.decode(tokens[slot + 1 :]).startswith(f" {turn1.description}:")
     text = tokenizer.decode(once)
-    query = text.split('Question: "')[1].split('"\n')[0]
+    query = text.split("What is meant by '")[1].split("'?")[0]
     seconds = float(text.split("lasts ")[1].split(" ")[0])
     expected = conversation_text(chain, query, chain.frames, seconds, answers[0], turn1.description, answers[1])
     assert text == expected.removesuffix("\n")

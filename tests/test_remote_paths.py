@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from object_store import ObjectStore
 
+import revseg_jax
 from revseg_jax.cli import main
 from revseg_jax.config import load_config
 from revseg_jax.data.source import ClipSource
@@ -90,7 +91,8 @@ def state_at(step: int) -> dict:
 
 
 def run_folder(*changes: str) -> RunFolder:
-    return RunFolder(load_config(None, ["run.dir=gs://runs/a", "run.keep_checkpoints=2", *changes]), ["data"])
+    config = load_config(None, ["run.dir=gs://runs/a", "run.keep_checkpoints=2", *changes])
+    return RunFolder(config, ["data"], Path(revseg_jax.__file__).parent / "assets" / "policy")
 
 
 def test_a_run_lives_in_the_store_and_goes_on_from_another_machine(store, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ class Computation:
     def users(self) -> dict[str, list[Instruction]]:
         users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
-            for operand in set(instruction.operands):
+            for operand in dict.fromkeys(instruction.operands):
                 users.setdefault(operand, []).append(instruction)
         return users
 
