@@ -138,16 +138,15 @@ def test_rollouts_do_not_depend_on_the_devices(loaded, sampled):
         "import jax, optax\n"
         "from revseg_jax.config import LearnerConfig, load_config\n"
         "from revseg_jax.learner.update import make_learner\n"
-        "from revseg_jax.parallel.sharding import tree_shardings\n"
         "from revseg_jax.rollout.loading import load_engine\n"
         "from revseg_jax.rollout.sampling import rollout_keys\n"
         "loaded = load_engine(load_config(CONFIG, ['mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2']))\n"
         "prompts = make_prompts(3) + make_prompts(1, frames=5)\n"
         "keys = rollout_keys(7, 0, np.arange(4), 3)\n"
         "batch, _ = loaded.engine.sample((loaded.trained, loaded.frozen), prompts, keys)\n"
-        "learner = make_learner(loaded.engine.graphdef, LearnerConfig(), loaded.engine.encoder.layout)\n"
+        "layout = loaded.engine.encoder.layout\n"
+        "learner = make_learner(loaded.engine.graphdef, LearnerConfig(), layout, loaded.placement)\n"
         "state = learner.init(loaded.trained)\n"
-        "state = jax.device_put(state, tree_shardings(state, loaded.mesh))\n"
         "for moment in ('mu', 'nu'):\n"
         "    spread = jax.tree.map(lambda x: x.sharding, optax.tree.get(state.optimizer, moment))\n"
         "    assert spread == jax.tree.map(lambda x: x.sharding, state.trained)\n"
@@ -173,7 +172,7 @@ def test_caches_are_worked_on_in_place(loaded, sampled, monkeypatch):
     """Each phase takes over the memory of the suffix cache that it is given."""
     prompts, _, _ = sampled
     given = []
-    for name, place in (("_extend", 4), ("_turn2", 6)):
+    for name, place in (("read_turn2", 4), ("answer_turn2", 6)):
         phase = getattr(phases, name)
         monkeypatch.setattr(phases, name, lambda *a, phase=phase, at=place: given.append(a[at]) or phase(*a))
     loaded.engine.sample((loaded.trained, loaded.frozen), prompts, rollout_keys(7, 0, np.arange(4), 3))
@@ -220,7 +219,7 @@ def test_the_box_of_a_chain_of_one_turn_is_in_pixels_of_the_shown_frame(one_turn
     tokens = np.full((1, 2, encoder.layout.turn1), one_turn.engine.sampling.pad_token)
     tokens[..., : len(said)] = said
     answers = tokens, np.zeros(tokens.shape), np.broadcast_to(np.arange(tokens.shape[-1]) < len(said), tokens.shape)
-    monkeypatch.setattr(phases, "_turn1", lambda *_: (answers, None))
+    monkeypatch.setattr(phases, "answer_turn1", lambda *_: (answers, None))
     (prompt,) = make_prompts(1)
     batch, ((rollout, _),) = one_turn.engine.sample(
         (one_turn.trained, one_turn.frozen), [prompt], rollout_keys(0, 0, np.arange(1), 2)
