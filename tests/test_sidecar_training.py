@@ -68,7 +68,7 @@ def run(clips, client, folder, steps=2):
 def metrics(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["reward/wait_fraction"] < 1 for row in rows)
-    timed = ("time", "seconds/", "reward/wait_fraction")
+    timed = ("time", "seconds/", "speed/", "memory/", "reward/wait_fraction", "data/wait_fraction")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 

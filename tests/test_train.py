@@ -87,8 +87,10 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     metrics = lines(folder / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
     for row in metrics:
-        assert row["rollout/logprob_gap"] < 2e-5  # the largest of all tokens; float32 resolves a logprob of -10 to 1e-6
-        assert 0 <= row["rollout/logprob_gap_mean"] <= row["rollout/logprob_gap"]
+        # The largest of all tokens. The embedded policy is sure of most of what it says, so its logits are large and
+        # their rounding too: 6.4e-5 was the largest of three demo runs, at a mean of 2e-7.
+        assert row["rollout/logprob_gap"] < 1e-4
+        assert 0 <= row["rollout/logprob_gap_mean"] < 2e-6
         assert 0 <= row["reward/format"] <= 1 and 1 <= row["rollout/turns"] <= 2
     assert int(state.step) == 3
     traces = lines(folder / "traces/step_000003.jsonl")
