@@ -86,8 +86,8 @@ def run_steps(
     interruption: Interruption,
 ) -> TrainState:
     check_spread(loaded.placement, config)
-    if config.rollout.resample_limit and jax.process_count() > 1:
-        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
+    if jax.process_count() > 1:
+        check_several_processes(config)
     share = process_share(loaded.placement)
     steps = training_steps(
         source, config.chain, config.rollout.prompts_per_step, config.run.seed, *share, workers=config.data.workers
@@ -194,6 +194,14 @@ def run_steps(
     if agree(interruption.requested) and leads():
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
+
+
+def check_several_processes(config: Config) -> None:
+    """Raises InputError for what works in one process only."""
+    if config.run.evaluate_every:
+        raise InputError("run.evaluate_every evaluates in one process: with several, evaluate exported checkpoints")
+    if config.rollout.resample_limit:
+        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
 
 
 def step_digests(

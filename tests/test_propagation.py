@@ -27,7 +27,7 @@ from tracker_setup import (
 
 from revseg_jax.errors import InputError
 from revseg_jax.tracker.engine import Engine
-from revseg_jax.tracker.model import EMBEDDED, build_tracker
+from revseg_jax.tracker.model import build_tracker
 from revseg_jax.tracker.propagation import Chain, plan, propagate
 
 pytest_plugins = ["tracker_fixtures"]
@@ -82,7 +82,6 @@ def test_logits_are_those_of_the_stock_predictor(model, tmp_path):
     np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0)
 
 
-@pytest.mark.skipif(not (EMBEDDED / "tracker.safetensors").exists(), reason="the trained weights are not there")
 def test_the_embedded_tracker_equals_the_stock_predictor(tmp_path):
     model, frames = build_tracker(), jpegs(moving_shapes(FRAMES))
     prompts = [

@@ -32,9 +32,7 @@ def process_share(placement: Placement) -> tuple[int, int]:
 
 
 def check_spread(placement: Placement, config: Config) -> None:
-    """Raises InputError for numbers of prompts that the mesh cannot spread evenly, and for what needs one process."""
-    if config.run.evaluate_every and jax.process_count() > 1:
-        raise InputError("run.evaluate_every evaluates in one process: with several, evaluate exported checkpoints")
+    """Raises InputError for numbers of prompts that the mesh cannot spread evenly."""
     prompts, parts = config.rollout.prompts_per_step, placement.parts("prompts")
     counts = {
         "rollout.prompts_per_step": prompts,

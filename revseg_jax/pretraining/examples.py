@@ -61,11 +61,8 @@ class ExampleMaker:
         labels = patch_labels(seen, np.array(images), self.chain.keyframe_size // patch, merge, "image")
         example = {
             "images": keyframes[:, None],
-            "tokens": np.stack([part["tokens"] for part in packed]),
+            **{name: np.stack([part[name] for part in packed]) for name in ("tokens", "mask", "trained", "pointers")},
             "positions": np.stack([part["positions"] for part in packed], axis=1),
-            "mask": np.stack([part["mask"] for part in packed]),
-            "trained": np.stack([part["trained"] for part in packed]),
-            "pointers": np.stack([part["pointers"] for part in packed]),
             **labels,
         }
         if self.shows_video:
