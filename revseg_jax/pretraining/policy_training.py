@@ -52,7 +52,7 @@ class Stage:
 # nothing. Then it takes some 5,000 clips to break out, best with short conversations.
 STAGES = (
     Stage("boxes", 1400, 8, (0, 4, 0, 0), 140, 6e-3),
-    Stage("conversations", 3000, 8, (1, 1, 1, 1), 224, 5e-3),
+    Stage("conversations", 3000, 8, (1, 1, 1, 1), 240, 5e-3),
     Stage("meanings", 1300, 8, (0, 1, 0, 1), 160, 4e-3),
     Stage("chains", 1100, 8, (3, 0, 0, 1), 240, 3e-3),
 )
