@@ -6,13 +6,13 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from revseg_jax.checkpoints import best_steps
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.paths import absolute, path_of
 from revseg_jax.policy.checkpoint import load_policy, save_policy
 from revseg_jax.rollout.loading import split_policy
-from revseg_jax.run_folder import evaluation_scores
+from revseg_jax.run.checkpoints import best_steps
+from revseg_jax.run.folder import evaluation_scores
 
 
 def main(run: str, out: str, best: bool = False) -> None:

@@ -14,13 +14,13 @@ from revseg_jax.config import Config, load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.demo import DIFFICULTY
-from revseg_jax.digests import parameter_digest
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.held_out import evaluate_policy
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.reproduction.results import Scores, markdown, summary, terminal
 from revseg_jax.reproduction.tables import TABLES, Cell, Table
 from revseg_jax.rollout.loading import load_engine
+from revseg_jax.run.digests import parameter_digest
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.train import tracker_client, train
 

@@ -12,7 +12,7 @@ from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.held_out import evaluate_policy
 from revseg_jax.learner.update import TrainState
 from revseg_jax.rollout.loading import LoadedEngine
-from revseg_jax.run_folder import RunFolder
+from revseg_jax.run.folder import RunFolder
 from revseg_jax.tracker.client import TrackerClient
 
 ILLUSTRATED = 8  # chains of each evaluation that carry pictures into the report

@@ -14,11 +14,8 @@ import numpy as np
 from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
-from revseg_jax.determinism import use_deterministic_kernels
-from revseg_jax.digests import digest, parameter_digest
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
-from revseg_jax.interruption import Interrupted, Interruption, heed_sigterm
 from revseg_jax.learner.experience import make_experience
 from revseg_jax.learner.flops import update_flops
 from revseg_jax.learner.reference import fetch_reference, store_reference
@@ -32,13 +29,16 @@ from revseg_jax.parallel.processes import (
     telling_others,
 )
 from revseg_jax.parallel.rows import check_spread, place_rows, process_share
-from revseg_jax.progress import Progress
 from revseg_jax.rewards.total import RolloutReward, weights_from
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
-from revseg_jax.run_folder import RunFolder
-from revseg_jax.run_follower import RunFollower
+from revseg_jax.run.determinism import use_deterministic_kernels
+from revseg_jax.run.digests import digest, parameter_digest
+from revseg_jax.run.folder import RunFolder
+from revseg_jax.run.follower import RunFollower
+from revseg_jax.run.interruption import Interrupted, Interruption, heed_sigterm
+from revseg_jax.run.progress import Progress
 from revseg_jax.scheduled_evaluation import evaluate_when_due, evaluation_due
 from revseg_jax.step_metrics import Clock, Compilations, reward_metrics, rollout_metrics, speed_metrics
 from revseg_jax.tracker.client import TrackerClient
@@ -207,7 +207,7 @@ def check_several_processes(config: Config) -> None:
 def step_digests(
     batch: Batch, rollouts: RolloutBatch, rewards: list[list[RolloutReward]], metrics: dict[str, float]
 ) -> dict[str, str]:
-    """One digest for each of `revseg_jax.digests.STAGES`, of all processes together."""
+    """One digest for each of `revseg_jax.run.digests.STAGES`, of all processes together."""
     update = {name: value for name, value in metrics.items() if name.startswith("learner/")}
     own = {
         "data": digest([batch.index, batch.video_id, batch.query, batch.frames]),

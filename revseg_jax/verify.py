@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from revseg_jax.config import load_config
-from revseg_jax.determinism import use_deterministic_kernels
-from revseg_jax.digests import STAGES
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.paths import path_of
 from revseg_jax.rewards.total import weights_from
 from revseg_jax.rollout.loading import load_engine
+from revseg_jax.run.determinism import use_deterministic_kernels
+from revseg_jax.run.digests import STAGES
 from revseg_jax.train import tracker_client, train
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from revseg_jax.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.errors import RunFailure
+from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 
 NOISE = np.random.default_rng(0).normal(size=300_000)  # does not compress
 STATE = {"kernel": jnp.asarray(NOISE, jnp.float32), "step": jnp.int32(0)}  # 1.2 MB

@@ -16,8 +16,8 @@ FORBIDDEN = {"random", "secrets", "uuid", "os.urandom", "torch.seed", "time.time
 ALLOWED = {
     ("tracker/connection.py", "random"),  # clients that were told to wait do not all come back together
     ("tracker/connection.py", "random.uniform"),
-    ("mirror.py", "uuid"),  # names the trainer that owns a run in a store
-    ("mirror.py", "uuid.uuid4"),
+    ("run/mirror.py", "uuid"),  # names the trainer that owns a run in a store
+    ("run/mirror.py", "uuid.uuid4"),
     ("policy/attention_kernels.py", "hash"),  # of a mask, by which JAX finds a program that it has compiled
 }
 # Clocks may be read for what they say, never for what is drawn.

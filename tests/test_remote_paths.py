@@ -19,12 +19,12 @@ from revseg_jax.cli import main
 from revseg_jax.config import load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
-from revseg_jax.digests import parameter_digest
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.mirror import Mirror
 from revseg_jax.paths import local_copy, path_of
 from revseg_jax.policy.checkpoint import load_policy
-from revseg_jax.run_folder import RunFolder
+from revseg_jax.run.digests import parameter_digest
+from revseg_jax.run.folder import RunFolder
+from revseg_jax.run.mirror import Mirror
 
 pytestmark = pytest.mark.skipif(find_spec("gcsfs") is None, reason="gs:// paths need gcsfs")
 

@@ -18,9 +18,9 @@ from revseg_jax import train, verify
 from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.interruption import Interrupted, heed_sigterm
-from revseg_jax.manifest import policy_fingerprint
 from revseg_jax.rollout.loading import load_engine
+from revseg_jax.run.interruption import Interrupted, heed_sigterm
+from revseg_jax.run.manifest import policy_fingerprint
 
 STEPS = 8
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"

@@ -19,12 +19,12 @@ from revseg_jax.chain.parsing import parse_turn1, parse_turn2
 from revseg_jax.config import LearnerConfig, load_config
 from revseg_jax.errors import InputError
 from revseg_jax.learner.flops import _layers_size, forward_flops, peak_flops, update_flops
-from revseg_jax.manifest import changed_conditions
-from revseg_jax.metrics_writer import MetricsWriter
 from revseg_jax.policy.checkpoint import load_policy
-from revseg_jax.progress import Progress
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
+from revseg_jax.run.manifest import changed_conditions
+from revseg_jax.run.metrics_writer import MetricsWriter
+from revseg_jax.run.progress import Progress
 from revseg_jax.step_metrics import failure_metrics, speed_metrics
 
 
@@ -190,7 +190,7 @@ def test_what_may_change_the_bits_is_named():
 
 def test_deterministic_kernels_are_a_flag_that_xla_knows():
     program = (
-        "from revseg_jax.determinism import use_deterministic_kernels as use; use(); use();"
+        "from revseg_jax.run.determinism import use_deterministic_kernels as use; use(); use();"
         "import os, jax; jax.devices(); print(os.environ['XLA_FLAGS'])"
     )
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from revseg_jax.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.config import Config
 from revseg_jax.paths import path_of
+from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 
 
 class RunFollower:

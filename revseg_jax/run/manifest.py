@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from revseg_jax.config import Config
-from revseg_jax.digests import digest
 from revseg_jax.parallel.mesh import make_mesh
+from revseg_jax.run.digests import digest
 
 PACKAGES = (
     "revseg-jax",

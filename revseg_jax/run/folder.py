@@ -15,12 +15,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from revseg_jax.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.manifest import changed_conditions, manifest
-from revseg_jax.metrics_writer import MetricsWriter, append_line
-from revseg_jax.mirror import Mirror
+from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
+from revseg_jax.run.manifest import changed_conditions, manifest
+from revseg_jax.run.metrics_writer import MetricsWriter, append_line
+from revseg_jax.run.mirror import Mirror
 
 # What a continued run may have otherwise: how long and how often, where it is and on which devices, and how it reaches
 # its sidecars. Only the mesh and the size of microbatches may change the bits, and those by rounding alone.
