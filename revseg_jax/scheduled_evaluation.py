@@ -11,8 +11,10 @@ from revseg_jax.config import Config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.held_out import evaluate_policy
 from revseg_jax.learner.update import TrainState
+from revseg_jax.parallel.processes import leads
 from revseg_jax.rollout.loading import LoadedEngine
 from revseg_jax.run.folder import RunFolder
+from revseg_jax.run.follower import RunFollower
 from revseg_jax.tracker.client import TrackerClient
 
 ILLUSTRATED = 8  # chains of each evaluation that carry pictures into the report
@@ -25,7 +27,12 @@ def evaluation_due(config: Config, step: int) -> bool:
 
 
 def evaluate_when_due(
-    config: Config, loaded: LoadedEngine, client: TrackerClient | None, state: TrainState, step: int, run: RunFolder
+    config: Config,
+    loaded: LoadedEngine,
+    client: TrackerClient | None,
+    state: TrainState,
+    step: int,
+    run: RunFolder | RunFollower,
 ) -> None:
     """Evaluates the state after `step` steps on `data.test` and records it, when it is due and not recorded yet.
 
@@ -37,4 +44,5 @@ def evaluate_when_due(
     params = state.trained, loaded.frozen
     scores, traces = evaluate_policy(loaded.greedy, params, source, config, client, f"step {step}", ILLUSTRATED)
     run.log_evaluation(step, dataclasses.asdict(scores), [trace | {"step": step} for trace in traces])
-    tqdm.write(f"step {step}: held-out J&F {scores.jf:.1f}", file=sys.stderr)
+    if leads():
+        tqdm.write(f"step {step}: held-out J&F {scores.jf:.1f}", file=sys.stderr)

@@ -102,6 +102,7 @@ def run_steps(
     if run.resumes:
         state, iterator = run.restore(state)
         data.set_state(iterator)
+    run.scores.update(gather(run.scores)[0])  # by which all processes keep the same checkpoints
     place = partial(place_rows, loaded.placement)
 
     # ---- The loop -------------------------------------------------------------------------------------------------
@@ -111,7 +112,8 @@ def run_steps(
     compilations, progress = Compilations(), Progress(first, config.run.steps, shown=leads())
     for step in range(first, config.run.steps + 1):
         try:
-            with interruption.at_once():  # what it gives up is made up for at the next start
+            # What it gives up is made up for at the next start. Of several processes none can stop without the others.
+            with interruption.at_once() if jax.process_count() == 1 else nullcontext():
                 evaluate_when_due(config, loaded, client, state, step, run)
         except SidecarAway as error:
             failure = str(error)
@@ -198,8 +200,6 @@ def run_steps(
 
 def check_several_processes(config: Config) -> None:
     """Raises InputError for what works in one process only."""
-    if config.run.evaluate_every:
-        raise InputError("run.evaluate_every evaluates in one process: with several, evaluate exported checkpoints")
     if config.rollout.resample_limit:
         raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
 

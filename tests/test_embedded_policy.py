@@ -3,8 +3,8 @@
 import pytest
 
 from revseg_jax.policy.checkpoint import load_policy
+from revseg_jax.pretraining.choices import biggest_accuracy, naming_accuracy
 from revseg_jax.pretraining.examples import ExampleMaker
-from revseg_jax.pretraining.naming import naming_accuracy
 
 CLIPS = 60
 
@@ -35,3 +35,8 @@ def test_with_blank_frames_it_guesses(embedded, maker, sighted):
     blank = naming_accuracy(embedded.policy, maker, CLIPS, blank=True)
     assert blank["motion"] == pytest.approx(1 / 3, abs=0.12)
     assert blank["reasoning"] < 0.55 and blank["motion"] < sighted["motion"] - 0.2
+
+
+def test_it_tells_the_frame_in_which_an_object_is_biggest(embedded, maker):
+    """One in eight is right by chance, a few more where two frames show it equally large."""
+    assert biggest_accuracy(embedded.policy, maker, 24) > 0.7

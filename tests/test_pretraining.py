@@ -241,5 +241,6 @@ def test_make_assets_writes_a_policy_that_loads_and_says_how_it_was_made(tmp_pat
 
     make_policy(tmp_path / "next", load_config(CONFIG), 4, stages[-1:], start=tmp_path / "policy")
     onwards = json.loads((tmp_path / "next" / "asset.json").read_text())
-    assert onwards["start"] == {"sha256": note["sha256"]} and onwards["sha256"] != note["sha256"]
-    assert onwards["command"].endswith("--start START --stages chains")
+    assert onwards["start"] == {name: note[name] for name in ("command", "seed", "steps", "sha256")}
+    assert onwards["sha256"] != note["sha256"]
+    assert onwards["command"].endswith("--start START --stages keyframes")

@@ -34,6 +34,7 @@ def overrides(tmp_path_factory):
             *("rollout.prompts_per_step=8", "rollout.group_size=2", "learner.freeze_vision=false"),
             *("chain.turn1_tokens=24", "chain.turn2_tokens=24", "run.traces_every=1", f"run.checkpoint_every={STEPS}"),
             *(f"data.train=[{clips}]", f"tracker.endpoints=[{endpoint}]"),
+            *(f"data.test=[{clips}]", "data.test_clips=5", f"run.evaluate_every={STEPS}"),
         ]
 
 
@@ -96,6 +97,10 @@ def assert_same_training(folder, alone):
         for name in b:
             if name.startswith(("learner/", "reward/", "rollout/")) and name != "reward/wait_fraction":
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+    for ours, theirs in zip(*(lines(path / "evaluation.jsonl") for path in (folder, alone)), strict=False):
+        assert ours.pop("by_kind") == pytest.approx(theirs.pop("by_kind"), rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4) and ours["clips"] == 5
+    assert [line["step"] for line in lines(folder / "evaluation.jsonl")[:2]] == [0, STEPS]
     ours, theirs = saved_state(folder), saved_state(alone)
     assert ours.keys() == theirs.keys()
     moved, differences = [], []

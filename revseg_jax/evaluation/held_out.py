@@ -5,22 +5,26 @@ from __future__ import annotations
 import base64
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from revseg_jax.config import Config
 from revseg_jax.data.clip import Clip, decode_mask, encode_mask
+from revseg_jax.data.example import Batch
 from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.chains import answers, track, tracker_prompts
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
+from revseg_jax.parallel.processes import agree, gather, leads
 from revseg_jax.rewards.temporal import best_constant_keyframe, random_visible_keyframe
 from revseg_jax.rewards.total import RolloutReward, score_rollout
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.connection import SidecarAway
 
 THUMBNAILS = 8  # frames shown of a chain in the report
 
@@ -50,6 +54,17 @@ class Evaluation:
     by_kind: dict[str, float]
 
 
+class Scored(NamedTuple):
+    """One example: its query's kind, J and F (0-1), what its chain earned, the target's areas in the sampled frames."""
+
+    kind: str
+    j: float
+    f: float
+    reward: RolloutReward
+    areas: np.ndarray
+    trace: dict[str, Any]
+
+
 def evaluate_policy(
     engine: RolloutEngine,
     params: Any,
@@ -62,56 +77,92 @@ def evaluate_policy(
     """Runs the chain on `data.test_clips` examples spread over the source (0: all).
 
     engine: a greedy one. client None leaves out the tracking: J, F and mask are then 0. Returns the scores and one
-    trace a chain, `trace_thumbnails` of them, spread over the source, with small pictures of the masks.
+    trace a chain, `trace_thumbnails` of them, spread over the source, with small pictures of the masks. Several
+    processes share the examples, and all return the same. Raises SidecarAway, in all of them, when one of them finds no
+    sidecar any more.
     """
-    chain = engine.encoder.chain
-    wanted = config.data.test_clips or len(source)
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(wanted, len(source))).round().astype(int))
-    illustrated = set(np.linspace(0, len(chosen) - 1, min(trace_thumbnails, len(chosen))).round().astype(int).tolist())
-    rows, traces, areas = [], [], []
-    bar = tqdm(total=len(chosen), desc=f"evaluate {label}", unit="chain")
+    chosen = _spread(len(source), config.data.test_clips or len(source))
+    illustrated = chosen[_spread(len(chosen), trace_thumbnails)]
+    # All processes sample equally often: what one has less, it samples once more and leaves out.
+    own = chosen[jax.process_index() :: jax.process_count()]
+    filled = np.resize([*own, *chosen[:1]], -(-len(chosen) // jax.process_count()))
+    scored: list[Scored] = []
+    away: str | None = None
+    bar = tqdm(total=len(own), desc=f"evaluate {label}", unit="chain", disable=not leads() or None)
     with ThreadPoolExecutor(2) as pool:
-        for clips, batch, chains in answers(engine, params, source, chosen, chain):
+        for clips, batch, chains in answers(engine, params, source, filled, config.chain):
+            if away:
+                continue  # the other processes sample with this one
             tracked = pool.map(lambda pair: track(client, *pair), tracker_prompts(clips, batch, chains))
-            for b, masks in enumerate(tracked):
-                rollout, count = chains[b], int(batch.frame_count[b])
-                truth = np.stack([decode_mask(m, clips[b].height, clips[b].width) for m in clips[b].masks])
-                j = f = np.zeros(len(truth))
-                if client is not None:
-                    j, f = region_similarity(masks, truth), contour_accuracy(masks, truth)
-                shown = batch.sampled[b, :count]
-                reward = score_rollout(
-                    config.rewards,
-                    rollout.turn1,
-                    rollout.turn2,
-                    rollout.box,
-                    batch.areas[b, :count],
-                    batch.boxes[b, :count],
-                    j=float(j[shown].mean()),
-                    f=float(f[shown].mean()),
-                )
-                rows.append((batch.kind[b], j.mean(), f.mean(), reward))
-                areas.append(batch.areas[b, :count])
-                record = trace_record(chain, batch, b, 0, rollout, reward, step=0)
-                record |= {"j": float(j.mean()), "f": float(f.mean()), "frames": len(truth), "label": label}
-                if len(traces) in illustrated:
-                    record["thumbs"] = _thumbnails(clips[b], masks, truth, rollout, shown)
-                traces.append(record)
-                bar.update()
+            try:
+                for b, masks in zip(range(min(len(clips), len(own) - len(scored))), tracked, strict=False):
+                    count = THUMBNAILS * int(batch.index[b] in illustrated)
+                    scored.append(
+                        _score(config, clips[b], batch, b, chains[b], masks if client else None, label, count)
+                    )
+                    bar.update()
+            except SidecarAway as error:
+                if jax.process_count() == 1:
+                    raise
+                away = str(error)
     bar.close()
-    return _summary(rows, areas), traces
+    if away := agree(away):
+        raise SidecarAway(away)
+    parts = gather(scored)
+    everything = [parts[i % len(parts)][i // len(parts)] for i in range(len(chosen))]
+    return _summary(everything), [one.trace for one in everything]
 
 
-def _summary(rows: list[tuple[str, float, float, RolloutReward]], areas: list[np.ndarray]) -> Evaluation:
-    kinds = np.array([row[0] for row in rows])
-    j, f = np.array([row[1] for row in rows]) * 100, np.array([row[2] for row in rows]) * 100
-    jf = (j + f) / 2
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """int: so many of `count` places, or all, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int))
+
+
+def _score(
+    config: Config,
+    clip: Clip,
+    batch: Batch,
+    b: int,
+    rollout: Rollout,
+    masks: np.ndarray | None,
+    label: str,
+    thumbnails: int,
+) -> Scored:
+    """Of example b of the batch. masks: bool [T, H, W], or None where nothing was tracked."""
+    truth = np.stack([decode_mask(m, clip.height, clip.width) for m in clip.masks])
+    j = f = np.zeros(len(truth))
+    if masks is not None:
+        j, f = region_similarity(masks, truth), contour_accuracy(masks, truth)
+    count = int(batch.frame_count[b])
+    shown, areas = batch.sampled[b, :count], batch.areas[b, :count]
+    reward = score_rollout(
+        config.rewards,
+        rollout.turn1,
+        rollout.turn2,
+        rollout.box,
+        areas,
+        batch.boxes[b, :count],
+        j=float(j[shown].mean()),
+        f=float(f[shown].mean()),
+    )
+    trace = trace_record(config.chain, batch, b, 0, rollout, reward, step=0)
+    trace |= {"j": float(j.mean()), "f": float(f.mean()), "frames": len(truth), "label": label}
+    if thumbnails:
+        shapes = np.zeros_like(truth) if masks is None else masks
+        trace["thumbs"] = _thumbnails(clip, shapes, truth, rollout, shown, thumbnails)
+    return Scored(str(batch.kind[b]), float(j.mean()), float(f.mean()), reward, areas, trace)
+
+
+def _summary(scored: list[Scored]) -> Evaluation:
+    kinds = np.array([one.kind for one in scored])
+    j, f = np.array([one.j for one in scored]) * 100, np.array([one.f for one in scored]) * 100
+    jf, areas = (j + f) / 2, [one.areas for one in scored]
 
     def mean(name: str) -> float:
-        return float(np.mean([getattr(row[3], name) for row in rows]))
+        return float(np.mean([getattr(one.reward, name) for one in scored]))
 
     return Evaluation(
-        clips=len(rows),
+        clips=len(scored),
         j=float(j.mean()),
         f=float(f.mean()),
         jf=float(jf.mean()),
@@ -123,10 +174,10 @@ def _summary(rows: list[tuple[str, float, float, RolloutReward]], areas: list[np
 
 
 def _thumbnails(
-    clip: Clip, masks: np.ndarray, truth: np.ndarray, rollout: Rollout, shown: np.ndarray
+    clip: Clip, masks: np.ndarray, truth: np.ndarray, rollout: Rollout, shown: np.ndarray, count: int
 ) -> list[dict[str, Any]]:
-    """A few frames with the predicted and the true mask, the keyframe among them."""
-    frames = set(np.linspace(0, len(clip.frames) - 1, min(THUMBNAILS, len(clip.frames))).round().astype(int).tolist())
+    """About `count` frames with the predicted and the true mask, the keyframe among them."""
+    frames = set(_spread(len(clip.frames), count).tolist())
     if rollout.ok:
         frames.add(int(shown[rollout.turn1.frame_idx]))
 

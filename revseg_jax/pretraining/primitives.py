@@ -68,6 +68,11 @@ class View:
         return [item.description for item in self.scene.objects]
 
     @property
+    def areas(self) -> np.ndarray:
+        """float [N, K], of the boxes in pixels of the clip; 0 where absent"""
+        return (self.boxes[..., 2] - self.boxes[..., 0]) * (self.boxes[..., 3] - self.boxes[..., 1])
+
+    @property
     def size(self) -> int:
         """Side of the square clip in pixels."""
         return self.scene.frames.shape[1]
@@ -98,8 +103,7 @@ def loosen(rng: np.random.Generator, box: np.ndarray, size: float) -> np.ndarray
 def keyframe_answer(seen: View, chain: ChainConfig, k: int, frame: int) -> str:
     """A first answer about object k. It thinks aloud how large the object is in each of the N frames: the side of a
     square of its box's area, in pixels of the frame as shown."""
-    boxes = seen.boxes[:, k]
-    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) * chain.frame_size / seen.size
+    sides = np.sqrt(seen.areas[:, k]) * chain.frame_size / seen.size
     sizes = ", ".join(map(str, np.round(sides / BOX_GRID).astype(int) * BOX_GRID))
     return turn1_answer(f"{BEFORE_NAME} {seen.names[k]}: {sizes}", frame, seen.names[k])
 
@@ -139,14 +143,16 @@ def box_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -
     return Conversation(tuple(turns), frame)
 
 
+def biggest_turn(seen: View, chain: ChainConfig, k: int) -> Turn:
+    """In which of the sampled frames object k's box has the largest area."""
+    answer = keyframe_answer(seen, chain, k, int(seen.areas[:, k].argmax()))
+    return Turn(f"In which frame is the {seen.names[k]} biggest?", answer)
+
+
 def video_conversation(rng: np.random.Generator, seen: View, chain: ChainConfig) -> Conversation:
     """What there is in the video and when each thing is biggest, in random order; the packing keeps what fits."""
     turns = [Turn("Which objects are there?", ", ".join(sorted(seen.names)))]
-    areas = (seen.boxes[..., 2] - seen.boxes[..., 0]) * (seen.boxes[..., 3] - seen.boxes[..., 1])
-    for k, name in enumerate(seen.names):
-        if seen.visible[:, k].any():
-            answer = keyframe_answer(seen, chain, k, int(areas[:, k].argmax()))
-            turns.append(Turn(f"In which frame is the {name} biggest?", answer))
+    turns += [biggest_turn(seen, chain, int(k)) for k in np.flatnonzero(seen.visible.any(0))]
     return Conversation(tuple(turns[i] for i in rng.permutation(len(turns))))
 
 

@@ -13,7 +13,8 @@ class RunFollower:
     """What `RunFolder` is to the first process of a run; that one alone checks, locks and writes."""
 
     def __init__(self, config: Config):
-        kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, {})
+        self.scores: dict[int, float] = {}  # as in RunFolder
+        kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, self.scores)
         self.checkpoints = Checkpoints(path_of(config.run.dir) / "checkpoints", kept)
         self.resumes = self.checkpoints.latest_step() is not None
 
@@ -22,6 +23,9 @@ class RunFollower:
         return state, iterator
 
     def log(self, *_: Any) -> None: ...
+
+    def log_evaluation(self, step: int, record: dict[str, Any], _: Any) -> None:
+        self.scores[step] = record["jf"]
 
     def write_traces(self, *_: Any) -> None: ...
 
