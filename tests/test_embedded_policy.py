@@ -26,15 +26,16 @@ def sighted(embedded, maker):
 
 def test_it_knows_what_queries_mean(sighted):
     assert set(sighted) == {"motion", "reasoning", "referring"}
-    assert sighted["motion"] > 0.6 and sighted["reasoning"] > 0.5 and sighted["referring"] > 0.8
+    assert sighted["motion"] > 0.8 and sighted["reasoning"] > 0.7 and sighted["referring"] > 0.9
 
 
 def test_with_blank_frames_it_guesses(embedded, maker, sighted):
     """Three objects in a scene: one in three is right by chance. 151 questions about motion: deviation 0.04. Reasoning
-    often names one of the three in the question, so that two are left."""
+    often names one of the three in the question, so that two are left; 36 questions: deviation 0.08."""
     blank = naming_accuracy(embedded.policy, maker, CLIPS, blank=True)
     assert blank["motion"] == pytest.approx(1 / 3, abs=0.12)
-    assert blank["reasoning"] < 0.55 and blank["motion"] < sighted["motion"] - 0.2
+    assert blank["reasoning"] < 1 / 2 + 2 * 0.08
+    assert all(blank[kind] < sighted[kind] - 0.2 for kind in ("motion", "reasoning"))
 
 
 def test_it_tells_the_frame_in_which_an_object_is_biggest(embedded, maker):
