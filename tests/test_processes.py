@@ -32,7 +32,7 @@ def overrides(tmp_path_factory):
     with run_sidecar(threads=1) as endpoint:
         yield [
             *("rollout.prompts_per_step=8", "rollout.group_size=2", "learner.freeze_vision=false"),
-            *("chain.turn1_tokens=24", "chain.turn2_tokens=24", "run.traces_every=1", f"run.checkpoint_every={STEPS}"),
+            *("run.traces_every=1", f"run.checkpoint_every={STEPS}"),
             *(f"data.train=[{clips}]", f"tracker.endpoints=[{endpoint}]"),
             *(f"data.test=[{clips}]", "data.test_clips=5", f"run.evaluate_every={STEPS}"),
         ]
