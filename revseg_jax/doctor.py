@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.parallel.startup import tpu_chips
 from revseg_jax.paths import is_remote, path_of
 from revseg_jax.policy.checkpoint import REQUIRED, resolve_folder
+from revseg_jax.run.manifest import version
 
 VERSIONS = (
     "jax",
@@ -143,10 +143,3 @@ def sidecars(config: Config) -> Iterator[Finding]:
             yield Finding("sidecar", f"{endpoint} serves {info.checkpoint}")
         except (InputError, RunFailure) as error:
             yield Finding("sidecar", endpoint, str(error))
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

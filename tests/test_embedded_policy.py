@@ -30,11 +30,11 @@ def test_it_knows_what_queries_mean(sighted):
 
 
 def test_with_blank_frames_it_guesses(embedded, maker, sighted):
-    """Three objects in a scene: one in three is right by chance. 151 questions about motion: deviation 0.04. Reasoning
-    often names one of the three in the question, so that two are left; 36 questions: deviation 0.08."""
-    blank = naming_accuracy(embedded.policy, maker, CLIPS, blank=True)
+    """Three objects in a scene: one in three is right by chance. Some 600 questions about motion: deviation 0.02.
+    Reasoning often names one of the three in the question, so that two are left; some 140 questions: 0.04."""
+    blank = naming_accuracy(embedded.policy, maker, 4 * CLIPS, blank=True)
     assert blank["motion"] == pytest.approx(1 / 3, abs=0.12)
-    assert blank["reasoning"] < 1 / 2 + 2 * 0.08
+    assert blank["reasoning"] < 0.55
     assert all(blank[kind] < sighted[kind] - 0.2 for kind in ("motion", "reasoning"))
 
 

@@ -396,12 +396,11 @@ def test_epochs_and_minibatches_are_optimiser_steps_one_after_the_other(step):
 
 def test_the_critic_learns_what_comes_and_leaves_the_policy_alone(step):
     config, loaded, _ = step
-    ppo = PPOConfig(learning_rate=1e-3, value_clip=0.0)
+    ppo = PPOConfig(learning_rate=3e-4, value_clip=0.0)
     config = replace(config, algorithm="ppo", kl="off", learning_rate=0.0, importance_cap=0.0, ppo=ppo)
     _, state, history = updated(config, step, times=16)
     losses = [float(metrics["value_loss"]) for metrics in history]
-    # Not in every step: Adam's are as large for small gradients as for large ones, and may overshoot.
-    assert losses[-1] < 0.7 * losses[0]
+    assert (np.diff(losses) < 0).all() and losses[-1] < 0.9 * losses[0]
     assert_same_parameters(state.trained, loaded.trained, 0.0)
 
 

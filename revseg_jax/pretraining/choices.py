@@ -103,11 +103,12 @@ def share_right(
         logprobs, _ = chunked_logprobs(policy, hidden[:, :, :-1], tokens[:, :, 1:], 2048)
         return (logprobs * (trained[:, :, 1:] > 0)).sum(-1)
 
+    shown = [_frames(maker, seen, blank) for seen in views]
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(choices), BATCH):
         batch = choices[start : start + BATCH]
         filled = [*batch, *batch[:1] * (BATCH - len(batch))]  # the last one: the same program scores all
-        frames = np.stack([_frames(maker, views[choice.clip], blank) for choice in filled])
+        frames = np.stack([shown[choice.clip] for choice in filled])
         scores = np.asarray(score(params, frames, *_pack(maker, filled)))
         for choice, row in zip(batch, scores, strict=False):
             right[choice.kind].append(choice.right[row.argmax()])

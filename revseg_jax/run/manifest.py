@@ -52,7 +52,7 @@ def manifest(config: Config, fingerprints: list[str], policy: Path) -> dict[str,
             "rollouts": f"{config.run.seed} > step > prompt > sample > token",
         },
         "config": dataclasses.asdict(config),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "platform": platform.platform(),
         "devices": [str(device) for device in devices],
         "device_kinds": sorted({device.device_kind for device in devices}),
@@ -91,7 +91,8 @@ def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]
     return differences
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
