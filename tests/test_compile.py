@@ -70,6 +70,9 @@ POD_PROGRAM = """HloModule jit_step, is_scheduled=true
   %get-tuple-element.1 = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %get-tuple-element.2 = bf16[28,512,256]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
   %get-tuple-element.3 = bf16[128,512]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg), index=2
+  %splash.1 = f32[256,128]{1,0:T(8,128)} custom-call(%get-tuple-element.2), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(step)/while/body/splash_mha_fwd"}
   %fusion.1 = bf16[128,256]{1,0:T(8,128)(2,1)} fusion(%get-tuple-element.2, %get-tuple-element.1, %get-tuple-element.3), kind=kOutput, calls=%fused_computation.1, metadata={op_name="jit(step)/while/body/dot_general"}
   %all-gather.1 = bf16[128,512]{1,0:T(8,128)(2,1)} all-gather(%fusion.1), channel_id=1, replica_groups=[32,2]<=[2,32]T(1,0), dimensions={1}, use_global_device_ids=true
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[28,512,256]{2,1,0:T(8,128)(2,1)}, bf16[128,512]{1,0:T(8,128)(2,1)S(1)}) tuple(%get-tuple-element.1, %get-tuple-element.2, %all-gather.1)
@@ -99,13 +102,17 @@ ENTRY %main.1_spmd (p0: (s32[], bf16[28,512,256], bf16[128,512]), p1: f32[64,128
 
 
 def test_a_pod_program_is_read_as_it_runs():
-    """Layers of a stack, batched products as TPUs write them, memories of the core, groups, fused reduce-scatters."""
+    """Layers of a stack, batched products as TPUs write them, memories of the core, groups, fused reduce-scatters,
+    kernels with attributes of several lines and what follows them."""
     works = list(parse(POD_PROGRAM).work())
     by_kind = {kind: [w for w in works if w.kind == kind] for kind in {w.kind for w in works}}
     layer, batched = by_kind["compute"]
     assert (layer.flops, layer.times) == (2 * 128 * 512 * 256, 28)
     assert layer.bytes == 512 * 256 * 2 + 4 + 128 * 256 * 2  # a layer, its number, the result; the input is not in HBM
     assert batched.flops == 8 * 2 * 16 * 32 * 64
+    (kernel,) = by_kind["kernel"]
+    assert (kernel.source, kernel.times) == ("jit(step)/while/body/splash_mha_fwd", 28)
+    assert kernel.bytes == 28 * 512 * 256 * 2 + 256 * 128 * 4
     (gather,) = by_kind["all-gather"]
     assert (gather.bytes, gather.times, gather.group) == (128 * 512 * 2, 28, (0, 32))
     (scatter,) = by_kind["reduce-scatter"]
@@ -115,9 +122,10 @@ def test_a_pod_program_is_read_as_it_runs():
 def test_the_roofline_takes_the_slower_of_arithmetic_and_memory():
     pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 1)
     found = estimate(parse(POD_PROGRAM).work(), pod, lambda work: 0.0)
+    kernel = (28 * 512 * 256 * 2 + 256 * 128 * 4) / 2765e9
     layer = max(2 * 128 * 512 * 256 / 459e12, (512 * 256 + 2 + 128 * 256) * 2 / 2765e9)
     batched = max(8 * 2 * 16 * 32 * 64 / 459e12, 8 * (16 * 32 + 32 * 64 + 16 * 64) * 2 / 2765e9)
-    assert found.compute_seconds == pytest.approx(28 * layer + batched)
+    assert found.compute_seconds == pytest.approx(28 * (kernel + layer) + batched)
     assert found.collective_bytes == {"all-gather": 28 * 128 * 512 * 2, "reduce-scatter": 64 * 128 * 4}
     # Two chips share a ring of one axis, both directions; half of the array comes from the other.
     ring = 2 * 9e10

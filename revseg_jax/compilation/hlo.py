@@ -275,27 +275,26 @@ class Program:
 
 def parse(text: str) -> Program:
     """The program that `jax.stages.Compiled.as_text` wrote."""
-    computations, entry, name, instructions = {}, None, None, {}
+    computations, entry, name, lines = {}, None, None, []
     for line in text.splitlines():
         if name is None:
             header = _HEADER.match(line)
             if header:
-                name, instructions = header[2], {}
+                name, lines = header[2], []
                 entry = name if header[1] else entry
-        elif line.startswith("}"):
-            computations[name] = Computation(name, instructions)
+        elif line == "}":
+            instructions = (_instruction(line) for line in lines)
+            computations[name] = Computation(name, {each.name: each for each in instructions})
             name = None
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
         else:
-            instruction = _instruction(line)
-            if instruction is not None:
-                instructions[instruction.name] = instruction
+            lines[-1] += line  # Pallas kernels carry attributes of several lines, some of which begin with a brace
     return Program(computations, entry)
 
 
-def _instruction(line: str) -> Instruction | None:
+def _instruction(line: str) -> Instruction:
     start = _INSTRUCTION.match(line)
-    if start is None:
-        return None
     rest = line[start.end() :]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
