@@ -206,18 +206,25 @@ class StepPrograms:
 
     def kernel_flops(self, work: Work) -> float:
         """Of one run of the splash kernel: two products a visible pair of blocks forward; backward four for keys and
-        values and three for queries, or five fused. Operands are [.., heads, slots, width]."""
+        values and three for queries of the suffixes, five in one kernel of the rest. Operands are [.., heads, slots,
+        width]."""
         long = [array.shape for array in work.arrays if len(array.shape) >= 3 and array.dtype in ("bf16", "f32")]
-        query, key = long[0][-3:], long[1][-3:]
+        (heads, queries, width), keys = long[0][-3:], long[1][-2]
         products = next(n for mark, n in (("dkv", 4.0), ("dq", 3.0), ("", 2.0)) if mark in work.source)
+        if products == 4 and not self._of_suffixes(queries, keys):
+            products = 5.0
         rows = int(np.prod(long[0][:-3], dtype=np.int64))
-        return 2 * products * rows * query[0] * query[1] * key[1] * query[2] * self._visible(query[1], key[1], query[2])
+        return 2 * products * rows * heads * queries * keys * width * self._visible(queries, keys, width)
+
+    def _of_suffixes(self, queries: int, keys: int) -> bool:
+        """Whether a kernel's slots are those of all suffixes over prefix and suffixes."""
+        suffixes = self.config.rollout.group_size * padded_length(self.layout.suffix)
+        return (queries, keys) == (suffixes, padded_length(self.layout.prefix) + suffixes)
 
     def _visible(self, queries: int, keys: int, width: int) -> float:
         """The share of the pairs of a kernel's slots whose blocks its mask shows."""
         own, shared = padded_length(self.layout.suffix), padded_length(self.layout.prefix)
-        group = self.config.rollout.group_size
-        if (queries, keys) == (group * own, shared + group * own):
+        if self._of_suffixes(queries, keys):
             return (shared + (own + block_size(math.gcd(own, shared))) / 2) / keys
         causal = queries == shared and width >= self.model.text.head_dim
         return (1 + block_size(shared) / shared) / 2 if causal else 1.0
