@@ -121,7 +121,9 @@ class VisionTower(nnx.Module):
         """
         layout = window_layout(self.config, height, width)
         angles = vision_angles(self.config, layout.places)
-        x = self.patch_embed("mtp,pd->mtd", patches)[:, layout.gather]
+        # Said before the first block too: the compiler would rather spread the patches' pixels over the devices.
+        patches = constrain(self.attention.placement, patches, "prompts")
+        x = constrain(self.attention.placement, self.patch_embed("mtp,pd->mtd", patches), "prompts")[:, layout.gather]
         segments = layout.real.astype(np.int32)
         x = self._run_blocks(x, np.cos(angles)[None], np.sin(angles)[None], segments[None], remat)
         return self.merger(x)[:, layout.scatter]
