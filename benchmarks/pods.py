@@ -29,33 +29,36 @@ SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES = {"v5e": SQUARES, "v6e": SQUARES, "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")}
 PROMPTS = 128
 SAMPLER_SHARE = 0.4  # of a chip's memory that the sampler's copy of the parameters may take
+PROGRAMS = "update,score,prefill,decode,turn2"  # what needs the most memory first
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--chips", nargs="+", choices=SLICES, default=list(SLICES))
-    parser.add_argument("--programs", default="all")
+    parser.add_argument("--programs", default=PROGRAMS)
+    parser.add_argument("--remat", default="full", help="what the backward pass keeps, by policy.remat's names")
     options = parser.parse_args()
     rows = []
     print("| model | slice | tensor | GiB a chip | update, s | MFU | step, s | paper's step, s |\n" + "|---" * 8 + "|")
     for model in options.models:
         for chip in options.chips:
-            row = smallest(MODELS[model], chip, options.programs)
+            row = smallest(MODELS[model], chip, options.programs, options.remat)
             rows.append(row)
             print(line(model, chip, row), flush=True)
     print(json.dumps(rows))
 
 
-def smallest(model: str, chip: str, programs: str) -> dict | None:
+def smallest(model: str, chip: str, programs: str, remat: str) -> dict | None:
     """What was found for the smallest slice that fits; None when none of them does."""
     for size in SLICES[chip]:
-        chips = math.prod(map(int, size.split("x")))
+        torus = [int(part) for part in size.split("x")]
+        chips, data = math.prod(torus), data_parts(torus)
         tensor = tensor_parts(model, chip, chips)
         if tensor is None:
             continue
         parts = chips // tensor
-        overrides = [f"policy.path={model}", f"mesh.tensor={tensor}"]
+        overrides = [f"policy.path={model}", f"policy.remat={remat}", f"mesh.tensor={tensor}", f"mesh.data={data}"]
         overrides += [f"rollout.prompts_per_batch={parts}", f"learner.prompts_per_microbatch={parts}"]
         command = [sys.executable, "-m", "revseg_jax.cli", "compile", "--config", CONFIG]
         command += ["--topology", f"{chip}:{size}", "--programs", programs, "--json", *overrides]
@@ -80,6 +83,12 @@ def tensor_parts(model: str, chip: str, chips: int) -> int | None:
         if divides and 2 * parameters / tensor <= SAMPLER_SHARE * CHIPS[chip].hbm:
             return tensor
     return None
+
+
+def data_parts(torus: list[int]) -> int:
+    """Of the data axis. Where a group spans a whole 3-D torus of rings, the compiler gathers parameters by all-reduces,
+    which move twice the bytes; in a plane of it, it gathers them."""
+    return min(torus) if len(torus) == 3 and min(torus) > 2 else 1
 
 
 def parameter_count(model: str) -> int:
