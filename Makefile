@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Freshly mapped pages are costly on virtual machines: let malloc keep and reuse what it has.
+export MALLOC_ARENA_MAX := 1
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1

@@ -120,26 +120,17 @@ def plain_attention(
     return jnp.concatenate(output, 1), jnp.concatenate(logsumexp, 1)
 
 
-# Scores and weights are computed again in the backward pass: keeping them takes memory, and more time than it saves.
-# Without prevent_cse, so that inside a layer that is recomputed as a whole they are not computed a third time.
-@partial(jax.checkpoint, static_argnums=5, prevent_cse=False)
 def _block_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, key_segments: jax.Array, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """`attention` of S queries over T keys; `causal`: the queries stand in the last S slots of the keys."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    rows, length, heads, width = query.shape
-    key_heads = key.shape[2]
-    grouped = query.reshape(rows, length, key_heads, heads // key_heads, width) * width**-0.5
-    scores = jnp.einsum("nskrd,ntkd->nkrst", grouped, key, preferred_element_type=wide)
     visible = segments[:, :, None] == key_segments[:, None, :]
     if causal:
-        visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), key.shape[1] - length)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    mixed = jnp.einsum("nkrst,ntkd->nskrd", weights, value)
-    logsumexp = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1)
-    return mixed.reshape(query.shape), logsumexp.reshape(query.shape[:3])
+        visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), key.shape[1] - query.shape[1])
+    keys = (jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1), visible[:, None, None, None])
+    output, logsumexp = softmax_attention(_group_heads(query[:, None], key.shape[2]), (keys,))
+    logsumexp = jnp.moveaxis(logsumexp.reshape(len(query), -1, query.shape[1]), 1, 2)
+    return _join_heads(output)[:, 0], logsumexp
 
 
 def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> Callable:
@@ -174,20 +165,97 @@ def shared_prefix_attention(
     Returns [B, G, S, H, D] in the query's dtype. One softmax runs over both key sets, in float32 or wider, so gradients
     reach the prefix from every rollout and equal those of G separate sequences.
     """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    prompts, groups, length, heads, width = query.shape
-    key_heads = key.shape[3]
-    grouped = query.reshape(prompts, groups, length, key_heads, heads // key_heads, width) * width**-0.5
-    scores = jnp.einsum("bgskrd,bgtkd->bgkrst", grouped, key, preferred_element_type=wide)
-    scores = jnp.where(mask[:, :, None, None], scores, MASKED)
     prefix_key, prefix_value, prefix_mask = prefix
-    prefix_scores = jnp.einsum("bgskrd,bpkd->bgkrsp", grouped, prefix_key, preferred_element_type=wide)
-    prefix_scores = jnp.where(prefix_mask[:, None, None, None, None], prefix_scores, MASKED)
-    top = jnp.maximum(scores.max(-1, keepdims=True), prefix_scores.max(-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)  # cancels exactly; only keeps exp in range
-    weights, prefix_weights = jnp.exp(scores - top), jnp.exp(prefix_scores - top)
-    total = weights.sum(-1, keepdims=True) + prefix_weights.sum(-1, keepdims=True)
-    weights, prefix_weights = (weights / total).astype(query.dtype), (prefix_weights / total).astype(query.dtype)
-    mixed = jnp.einsum("bgkrst,bgtkd->bgskrd", weights, value)
-    mixed += jnp.einsum("bgkrsp,bpkd->bgskrd", prefix_weights, prefix_value)
-    return mixed.reshape(query.shape)
+    own = (_head_major(key), _head_major(value), mask[:, None, :, None])
+    shared = (jnp.moveaxis(prefix_key, 2, 1), jnp.moveaxis(prefix_value, 2, 1), prefix_mask[:, None, None, None, None])
+    return _join_heads(softmax_attention(_group_heads(query, key.shape[3]), (own, shared))[0])
+
+
+def _head_major(part: jax.Array) -> jax.Array:
+    """[B, G, T, K, D] -> [B, K, G, T, D]."""
+    return jnp.moveaxis(part, 3, 1)
+
+
+def _group_heads(query: jax.Array, key_heads: int) -> jax.Array:
+    """[B, G, S, H, D] -> [B, K, G, R, S, D]: R query heads for each of K key heads."""
+    *lead, heads, width = query.shape
+    return jnp.moveaxis(query.reshape(*lead, key_heads, heads // key_heads, width), (3, 4), (1, 3))
+
+
+def _join_heads(mixed: jax.Array) -> jax.Array:
+    """Undoes `_group_heads`."""
+    return jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(
+        *mixed.shape[:1], mixed.shape[2], mixed.shape[4], -1, mixed.shape[5]
+    )
+
+
+KeySet = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def softmax_attention(query: jax.Array, key_sets: tuple[KeySet, ...]) -> tuple[jax.Array, jax.Array]:
+    """One softmax over several sets of keys, in float32 or wider, with heads before slots: every product is a batched
+    matmul of its operands as they lie.
+
+    Shapes (B prompts, K key heads, G rollouts, R query heads a key head, S queries, T keys, D head width):
+      query [B, K, G, R, S, D]
+      key_sets: key and value [B, K, G, T, D], a rollout's own, or [B, K, T, D], shared by all; mask bool that
+      broadcasts to [B, K, G, R, S, T] (True: visible)
+    Returns the output [B, K, G, R, S, D] in the query's dtype and the log-sum-exp [B, K, G, R, S], float32 or wider.
+    Weights stay unnormalised until they have mixed the values. The backward pass computes the scores again from the
+    log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithm 2, in one block) instead of keeping them.
+    """
+    return _softmax_forward(query, key_sets)[0]
+
+
+def _softmax_forward(query: jax.Array, key_sets: tuple[KeySet, ...]):
+    scores = [_scores(query, key, mask) for key, _, mask in key_sets]
+    top = jnp.stack([part.max(-1) for part in scores]).max(0)[..., None]
+    weights = [jnp.exp(part - top) for part in scores]
+    total = sum(part.sum(-1, keepdims=True) for part in weights)
+    mixed = sum(
+        jnp.einsum(
+            f"bkgrst,{_axes(value)}->bkgrsd", part.astype(value.dtype), value, preferred_element_type=total.dtype
+        )
+        for part, (_, value, _) in zip(weights, key_sets, strict=True)
+    )
+    output, logsumexp = (mixed / total).astype(query.dtype), (top + jnp.log(total))[..., 0]
+    return (output, logsumexp), (query, key_sets, output, logsumexp)
+
+
+def _softmax_backward(kept, gradients):
+    query, key_sets, output, logsumexp = kept
+    into_output, into_logsumexp = gradients
+    wide = logsumexp.dtype
+    offset = into_logsumexp - jnp.sum(into_output.astype(wide) * output.astype(wide), -1)
+    into_query, into_sets = 0.0, []
+    for key, value, mask in key_sets:
+        axes = _axes(key)
+        weights = jnp.exp(_scores(query, key, mask) - logsumexp[..., None])
+        into_weights = jnp.einsum(f"bkgrsd,{axes}->bkgrst", into_output, value, preferred_element_type=wide)
+        into_scores = (weights * (into_weights + offset[..., None])).astype(query.dtype)
+        into_query += jnp.einsum(f"bkgrst,{axes}->bkgrsd", into_scores, key, preferred_element_type=wide)
+        # The narrow factor first: a product's first factor and its result are transposed here, the second one is not.
+        sum_queries = partial(jnp.einsum, f"bkgrsd,bkgrst->{axes[:-2]}dt", preferred_element_type=wide)
+        into_key = sum_queries(query, into_scores).mT * _scale(query)
+        into_value = sum_queries(into_output, weights.astype(query.dtype)).mT
+        into_sets.append((into_key.astype(key.dtype), into_value.astype(value.dtype), None))
+    return (into_query * _scale(query)).astype(query.dtype), tuple(into_sets)
+
+
+softmax_attention.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, G, R, S, T], float32 or wider."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum(f"bkgrsd,{_axes(key)}->bkgrst", query * _scale(query), key, preferred_element_type=wide)
+    return jnp.where(mask, scores, MASKED)
+
+
+def _scale(query: jax.Array) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _axes(key: jax.Array) -> str:
+    return "bkgtd" if key.ndim == 5 else "bktd"
