@@ -6,6 +6,7 @@ The paper's quality filter (arXiv 2512.02835): all queries of a video go when it
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def _score_all(folder: Path, source: ClipSource, client: TrackerClient, tracker:
         if record["tracker"] != tracker:
             raise InputError(f"{log} holds scores of the tracker {record['tracker']['checkpoint']}: delete it to go on")
         scores[record["video"]] = record["mean_iou"]
-    log.write_text("".join(_line(video, iou, tracker) for video, iou in scores.items()))
+    partial = folder / f".{SCORES}.partial"  # whole or not at all, should the command be killed here as well
+    partial.write_text("".join(_line(video, iou, tracker) for video, iou in scores.items()))
+    os.replace(partial, log)
     groups: dict[str, list[int]] = {}
     for index, (video, _) in enumerate(source.ids()):
         groups.setdefault(video, []).append(index)

@@ -10,6 +10,7 @@ import numpy as np
 
 from revseg_jax.config import Config
 from revseg_jax.data.example import Batch, Example, stack
+from revseg_jax.parallel.processes import agree
 from revseg_jax.rewards.scoring import PendingRewards, collect_rewards, request_rewards
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.batch import RolloutBatch, concatenate
@@ -18,6 +19,7 @@ from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.rollout.loading import prompts_of
 from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.connection import SidecarAway
 
 NO_SPREAD = 1e-6  # deviation of a group's rewards under which they are equal
 
@@ -95,12 +97,14 @@ def replace_groups_without_spread(
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage;
     the first groups of further batches that have one take their places.
 
-    At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Returns the groups
-    and how many were replaced.
+    At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Of several processes
+    each replaces groups of its own share, and all draw until none lacks any: they sample, and read their data,
+    together. Returns the groups and how many were replaced. Raises SidecarAway, in all processes, when one lost its
+    sidecar.
     """
     drawn, wanted = [first], len(first.batch)
     useful = _with_spread(first, config)
-    while len(useful) < wanted and len(drawn) <= config.rollout.resample_limit:
+    while len(drawn) <= config.rollout.resample_limit and agree(len(useful) < wanted):
         drawn.append(sample(next(batches)))
         useful += [(len(drawn) - 1, row) for _, row in _with_spread(drawn[-1], config)]
     chosen = useful[:wanted]
@@ -119,7 +123,14 @@ def replace_groups_without_spread(
 
 
 def _with_spread(groups: Groups, config: Config) -> list[tuple[int, int]]:
-    totals = np.array([[reward.total for reward in row] for row in groups.rewards(config)])
+    away, rewards = None, []
+    try:
+        rewards = groups.rewards(config)
+    except SidecarAway as error:
+        away = str(error)
+    if away := agree(away):
+        raise SidecarAway(away)
+    totals = np.array([[reward.total for reward in row] for row in rewards])
     return [(0, int(row)) for row in np.flatnonzero(totals.std(axis=1) > NO_SPREAD)]
 
 

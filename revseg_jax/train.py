@@ -14,7 +14,7 @@ import numpy as np
 from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
-from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.errors import RunFailure
 from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
 from revseg_jax.learner.experience import make_experience
 from revseg_jax.learner.flops import update_flops
@@ -86,8 +86,6 @@ def run_steps(
     interruption: Interruption,
 ) -> TrainState:
     check_spread(loaded.placement, config)
-    if jax.process_count() > 1:
-        check_several_processes(config)
     share = process_share(loaded.placement)
     steps = training_steps(
         source, config.chain, config.rollout.prompts_per_step, config.run.seed, *share, workers=config.data.workers
@@ -169,7 +167,7 @@ def run_steps(
         flops = update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts) * processes
         metrics |= mean_over_processes(reward_metrics(rewards) | rollout_metrics(groups))
         metrics |= speed_metrics(clock.seconds, groups.tokens * processes, flops, compilations.since_last())
-        metrics["rollout/groups_replaced"] = replaced
+        metrics["rollout/groups_replaced"] = sum(gather(replaced))
         for gap in ("logprob_gap", "logprob_gap_mean"):
             metrics[f"rollout/{gap}"] = metrics.pop(f"learner/{gap}")
         done, position = step + 1, data.get_state()
@@ -196,12 +194,6 @@ def run_steps(
     if agree(interruption.requested) and leads():
         print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
-
-
-def check_several_processes(config: Config) -> None:
-    """Raises InputError for what works in one process only."""
-    if config.rollout.resample_limit:
-        raise InputError("rollout.resample_limit replaces groups by others of the same process: it needs one process")
 
 
 def step_digests(

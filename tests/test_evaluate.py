@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import dataset_trees as trees
 import numpy as np
 import pytest
+from child_processes import wait_for
 from dataset_trees import HEIGHT, WIDTH
 from PIL import Image
 
@@ -335,29 +339,29 @@ def clips(tmp_path_factory) -> Path:
 
 
 def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
-    """Stopped in the middle and started again, with the embedded policy and tracker: nothing is done twice, nothing
+    """Killed in the middle and started again, with the embedded policy and tracker: nothing is done twice, nothing
     is missing, and the table is that of the masks on disk. A benchmark without public truth gets its zip."""
     out = tmp_path / "out"
     arguments = ["evaluate", "--data", str(clips.parent), "--benchmarks", "synthetic,mevis", "--out", str(out)]
     arguments += ["--workers", "1", "tracker.threads=1"]
     total = len(ClipSource([clips], "test"))
-    written, write = [], prediction.write_prediction
-
-    def stopping(folder, *rest):
-        if len(written) == 2 + total // 2:  # behind the 2 of MeViS, which comes first in the table
-            raise KeyboardInterrupt
-        written.append(folder)
-        write(folder, *rest)
-
-    monkeypatch.setattr(prediction, "write_prediction", stopping)
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 130
+    # Killed behind the 2 of MeViS, which comes first in the table, and half of the others.
+    slow = "import pathlib, sys, time\nfrom revseg_jax import cli\nfrom revseg_jax.evaluation import predict\n"
+    slow += "stopped, after, *arguments = sys.argv[1:]\nwritten, write = [], predict.write_prediction\n"
+    slow += "def stopping(*what):\n    if len(written) == int(after):\n"
+    slow += "        pathlib.Path(stopped).touch(); time.sleep(600)\n    written.append(write(*what))\n"
+    slow += "predict.write_prediction = stopping\ncli.main(arguments)"
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, "-c", slow, str(stopped), str(2 + total // 2), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_for(lambda: stopped.exists() or process.poll() is not None)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     done = len((out / "synthetic/chains.jsonl").read_text().splitlines())
     assert 0 < done < total and not (out / "results.json").exists()
     with open(out / "synthetic/chains.jsonl", "a") as log:
         log.write('{"video": "cut off')  # as a killed process leaves it
-    written.clear()
+    written, write = [], prediction.write_prediction
     monkeypatch.setattr(
         prediction, "write_prediction", lambda folder, *rest: (written.append(folder), write(folder, *rest))
     )

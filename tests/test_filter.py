@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from child_processes import wait_for
 
 from revseg_jax import filter
 from revseg_jax.config import load_config
@@ -45,18 +49,21 @@ def test_filter(tmp_path, capsys, config, endpoint, monkeypatch):
     ordered = sorted(means, key=means.get)
     threshold = (means[ordered[0]] + means[ordered[1]]) / 2
 
-    asked, mean_iou = [], filter._mean_iou
-
-    def stopping(clips, *rest):
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        asked.append(clips[0].video_id)
-        return mean_iou(clips, *rest)
-
-    monkeypatch.setattr(filter, "_mean_iou", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        filter.main(str(folder), threshold, config)
+    # Killed in the middle of the third video, after two lines and a half.
+    slow = "import sys, time; from revseg_jax import cli, filter; of = filter._mean_iou; scored = []\n"
+    slow += "def stopping(clips, *rest):\n    if len(scored) == 2: time.sleep(600)\n"
+    slow += "    scored.append(clips); return of(clips, *rest)\n"
+    slow += "filter._mean_iou = stopping; cli.main(sys.argv[1:])"
+    command = ["filter", str(folder), f"tracker.endpoints=[{endpoint}]"]
+    process = subprocess.Popen([sys.executable, "-c", slow, *command], stderr=subprocess.DEVNULL)
+    log = folder / filter.SCORES
+    wait_for(lambda: (log.exists() and log.read_text().count("\n") == 2) or process.poll() is not None)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (folder / "filter.json").exists() and len(ClipSource([folder], "train")) == len(source)
+    with open(log, "a") as cut:
+        cut.write('{"video": "cut off')
+    asked, mean_iou = [json.loads(line)["video"] for line in log.read_text().splitlines()[:2]], filter._mean_iou
     monkeypatch.setattr(
         filter, "_mean_iou", lambda clips, *rest: (asked.append(clips[0].video_id), mean_iou(clips, *rest))[1]
     )

@@ -1,10 +1,12 @@
 """The groups of a training step: what dynamic sampling keeps, what decoding wastes."""
 
+import json
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from child_processes import run_two
 
 from revseg_jax.chain.parsing import Turn1, Turn2
 from revseg_jax.config import Config, RewardsConfig, RolloutConfig
@@ -97,6 +99,41 @@ def test_the_limit_leaves_what_could_not_be_replaced():
     assert indices(result) == [0, 1, 2] and count == 0 and taken == 1
     result, count, taken = replaced(first, groups(3, [(1, 1), (0, 1), (1, 1)]), limit=1)
     assert indices(result) == [0, 2, 4] and count == 1 and taken == 1
+
+
+TWO_PROCESSES = """
+import json, sys
+from concurrent.futures import Future
+from test_groups import groups, indices, replaced
+from revseg_jax.parallel.processes import failing_together
+from revseg_jax.parallel.startup import start_processes
+from revseg_jax.tracker.connection import SidecarAway
+
+index, away = int(sys.argv[1]), sys.argv[2] == "away"
+start_processes()
+with failing_together():
+    # The first process lacks nothing; the second finds what it lacks in the third batch only.
+    first = groups(0, [(0, 1), (1, index), (0, 1)])
+    second, third = groups(3, [(1, index)] * 3), groups(6, [(0, 1)] * 3)
+    if away and index == 1:
+        second.pending[0].scores[0] = Future()
+        second.pending[0].scores[0].set_exception(SidecarAway("the sidecar is gone"))
+    try:
+        result, count, taken = replaced(first, second, third, groups(9, [(0, 1)] * 3))
+        print(json.dumps([indices(result), count, taken]))
+    except SidecarAway as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_processes_draw_together_until_none_lacks_a_group():
+    found = [json.loads(out.splitlines()[-1]) for out, words, code in run_two(TWO_PROCESSES, "all")]
+    assert found == [[[0, 1, 2], 0, 2], [[0, 2, 6], 1, 2]]
+
+
+def test_a_lost_sidecar_stops_the_drawing_in_all_processes():
+    found = [json.loads(out.splitlines()[-1]) for out, words, code in run_two(TWO_PROCESSES, "away")]
+    assert found == ["the sidecar is gone"] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,10 @@
 """The mesh, the table of axes, and two processes over loopback that share rows, agree, and end together."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from child_processes import run_two
 
 CHILD = """
 import json, os, signal, sys
@@ -52,33 +46,9 @@ with failing_together():
 """
 
 
-def run_two(what):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment |= {"REVSEG_COORDINATOR": address, "REVSEG_PROCESS_COUNT": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(index), what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment | {"REVSEG_PROCESS_ID": str(index)},
-        )
-        for index in range(2)
-    ]
-    try:
-        return [(*process.communicate(timeout=300), process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def test_two_processes_hold_rows_and_agree():
     found = []
-    for out, words, code in run_two("rows"):
+    for out, words, code in run_two(CHILD, "rows"):
         assert code == 0, words[-3000:]
         found.append(json.loads(out.splitlines()[-1]))
     for index, one in enumerate(found):
@@ -91,13 +61,13 @@ def test_two_processes_hold_rows_and_agree():
 
 
 def test_an_error_in_one_process_ends_both_with_its_words():
-    for _, words, code in run_two("error"):
+    for _, words, code in run_two(CHILD, "error"):
         assert code == 2
         assert "revseg: error: process 1 failed: data.train names no clips" in words
 
 
 def test_a_killed_process_ends_the_other():
-    (_, words, code), (_, _, killed) = run_two("killed")
+    (_, words, code), (_, _, killed) = run_two(CHILD, "killed")
     assert killed == -signal.SIGKILL
     assert code not in (0, None) and words
 

@@ -9,12 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import dataset_trees as trees
 import numpy as np
 import pytest
+from child_processes import wait_for
 from dataset_trees import HEIGHT, MEVIS_OBJECTS, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -373,13 +373,6 @@ def running(process: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_workers_die_with_the_command(tmp_path):

@@ -105,8 +105,10 @@ def test_trainer_computes_the_logprobs_that_the_sampler_saw(loaded, sampled):
     learner = make_learner(loaded.engine.graphdef, LearnerConfig(), loaded.engine.encoder.layout)
     again = learner.logprobs(loaded.trained, loaded.frozen, batch)
     gap = np.abs(np.asarray(again) - batch.logprobs)[batch.generated]
-    assert gap.max() < 1e-5
-    assert batch.generated.sum() > 100
+    assert len(gap) > 100 and gap.mean() < 1e-6 and np.quantile(gap, 0.99) < 1e-5
+    # One token in a thousand amplifies rounding: of 2,450 tokens of three seeds the sampler was up to 2.7e-5 and the
+    # trainer up to 1.7e-5 away from the same policy in float64, and they up to 1.2e-5 from each other.
+    assert gap.max() < 3e-5
 
 
 def test_a_failed_first_turn_ends_the_rollout(loaded):

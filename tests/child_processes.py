@@ -1,0 +1,47 @@
+"""Real processes that the tests start: two of one run, and waiting for what one does."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_two(code: str, *arguments: str) -> list[tuple[str, str, int]]:
+    """Two processes over loopback with four virtual devices each.
+
+    Returns output, error output and exit status of `python -c code INDEX *arguments`, for INDEX 0 and 1. The tests' own
+    modules can be imported there.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment |= {"REVSEG_COORDINATOR": address, "REVSEG_PROCESS_COUNT": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(index), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment | {"REVSEG_PROCESS_ID": str(index)},
+        )
+        for index in range(2)
+    ]
+    try:
+        return [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
