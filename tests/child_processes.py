@@ -1,20 +1,28 @@
 """Real processes that the tests start: two of one run, and waiting for what one does."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_two(code: str, *arguments: str) -> list[tuple[str, str, int]]:
+def report(found: Any) -> None:
+    """Hand the result of a process of `run_two` over: in a file, as Gloo's threads write to the output at any time."""
+    Path(os.environ["REVSEG_TEST_REPORT"]).write_text(json.dumps(found))
+
+
+def run_two(code: str, *arguments: str) -> list[tuple[Any, str, int]]:
     """Two processes over loopback with four virtual devices each.
 
-    Returns output, error output and exit status of `python -c code INDEX *arguments`, for INDEX 0 and 1. The tests' own
-    modules can be imported there.
+    Returns what they gave to `report` (None: nothing), error output and exit status of `python -c code INDEX
+    *arguments`, for INDEX 0 and 1. The tests' own modules can be imported there.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,22 +30,26 @@ def run_two(code: str, *arguments: str) -> list[tuple[str, str, int]]:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     environment |= {"REVSEG_COORDINATOR": address, "REVSEG_PROCESS_COUNT": "2"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(index), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment | {"REVSEG_PROCESS_ID": str(index)},
-        )
-        for index in range(2)
-    ]
-    try:
-        return [(*process.communicate(timeout=300), process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        reports = [Path(folder) / str(index) for index in range(2)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(index), *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=environment | {"REVSEG_PROCESS_ID": str(index), "REVSEG_TEST_REPORT": str(reports[index])},
+            )
+            for index in range(2)
+        ]
+        try:
+            ended = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        found = [json.loads(path.read_text()) if path.exists() else None for path in reports]
+    return [(one, errors, status) for one, (errors, status) in zip(found, ended, strict=True)]
 
 
 def wait_for(condition, seconds: float = 120) -> None:

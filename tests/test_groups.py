@@ -1,6 +1,5 @@
 """The groups of a training step: what dynamic sampling keeps, what decoding wastes."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -102,8 +101,9 @@ def test_the_limit_leaves_what_could_not_be_replaced():
 
 
 TWO_PROCESSES = """
-import json, sys
+import sys
 from concurrent.futures import Future
+from child_processes import report
 from test_groups import groups, indices, replaced
 from revseg_jax.parallel.processes import failing_together
 from revseg_jax.parallel.startup import start_processes
@@ -120,19 +120,19 @@ with failing_together():
         second.pending[0].scores[0].set_exception(SidecarAway("the sidecar is gone"))
     try:
         result, count, taken = replaced(first, second, third, groups(9, [(0, 1)] * 3))
-        print(json.dumps([indices(result), count, taken]))
+        report([indices(result), count, taken])
     except SidecarAway as error:
-        print(json.dumps(str(error)))
+        report(str(error))
 """
 
 
 def test_processes_draw_together_until_none_lacks_a_group():
-    found = [json.loads(out.splitlines()[-1]) for out, words, code in run_two(TWO_PROCESSES, "all")]
+    found = [one for one, errors, status in run_two(TWO_PROCESSES, "all")]
     assert found == [[[0, 1, 2], 0, 2], [[0, 2, 6], 1, 2]]
 
 
 def test_a_lost_sidecar_stops_the_drawing_in_all_processes():
-    found = [json.loads(out.splitlines()[-1]) for out, words, code in run_two(TWO_PROCESSES, "away")]
+    found = [one for one, errors, status in run_two(TWO_PROCESSES, "away")]
     assert found == ["the sidecar is gone"] * 2
 
 

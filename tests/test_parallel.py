@@ -1,14 +1,14 @@
 """The mesh, the table of axes, and two processes over loopback that share rows, agree, and end together."""
 
-import json
 import signal
 
 import pytest
 from child_processes import run_two
 
 CHILD = """
-import json, os, signal, sys
+import os, signal, sys
 import jax, numpy as np
+from child_processes import report
 from jax.sharding import PartitionSpec as P
 from revseg_jax.config import MeshConfig
 from revseg_jax.errors import InputError
@@ -30,13 +30,13 @@ with failing_together():
             doubled = jax.jit(lambda x: 2 * x, out_shardings=placement.sharding((8, 2), "prompts"))(whole)
             np.testing.assert_array_equal(own_rows(doubled), 2 * own)
             assert float(jax.jit(lambda x: (x * np.arange(8)[:, None]).sum())(whole)) == 588
-        print(json.dumps({
+        report({
             "share": [process_share(make_placement(MeshConfig(*sizes))) for sizes in ((1, 2, 2, 2), (1, 1, 1, 8))],
             "gathered": gather(["a" * (100 + index), index]),
             "agreed": [agree(index == 1), agree(None), agree("first" if index == 0 else "second")],
             "mean": mean_over_processes({"reward": float(index), "truncated_count": 2 + index}),
             "leads": leads(),
-        }))
+        })
     elif index == 1 and what == "error":
         raise InputError("data.train names no clips")
     elif index == 1 and what == "killed":
@@ -48,9 +48,9 @@ with failing_together():
 
 def test_two_processes_hold_rows_and_agree():
     found = []
-    for out, words, code in run_two(CHILD, "rows"):
-        assert code == 0, words[-3000:]
-        found.append(json.loads(out.splitlines()[-1]))
+    for one, errors, status in run_two(CHILD, "rows"):
+        assert status == 0, errors[-3000:]
+        found.append(one)
     for index, one in enumerate(found):
         # Half of the prompts each; all of them where only the tensor axis spans the processes.
         assert one["share"] == [[index, 2], [0, 1]]
@@ -61,15 +61,15 @@ def test_two_processes_hold_rows_and_agree():
 
 
 def test_an_error_in_one_process_ends_both_with_its_words():
-    for _, words, code in run_two(CHILD, "error"):
-        assert code == 2
-        assert "revseg: error: process 1 failed: data.train names no clips" in words
+    for _, errors, status in run_two(CHILD, "error"):
+        assert status == 2
+        assert "revseg: error: process 1 failed: data.train names no clips" in errors
 
 
 def test_a_killed_process_ends_the_other():
-    (_, words, code), (_, _, killed) = run_two(CHILD, "killed")
+    (_, errors, status), (_, _, killed) = run_two(CHILD, "killed")
     assert killed == -signal.SIGKILL
-    assert code not in (0, None) and words
+    assert status not in (0, None) and errors
 
 
 @pytest.mark.parametrize(

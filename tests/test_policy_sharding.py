@@ -17,7 +17,7 @@ from revseg_jax.policy import hf_weights, load_policy
 from revseg_jax.policy.safetensors_files import SINGLE
 
 LOAD = """
-import json, sys
+import json, pathlib, sys
 import jax, numpy as np
 from flax import nnx
 from revseg_jax.config import MeshConfig
@@ -41,7 +41,7 @@ wanted = tree_shardings(state, placement)
 assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, wanted))
 leaves = {".".join(path): value[...] for path, value in nnx.to_flat_state(state)}
 whole = sum(leaf.size for leaf in leaves.values())
-print(json.dumps({
+pathlib.Path(f"{out}/told{process}.json").write_text(json.dumps({
     "read": sum(size for _, size in read) / whole,
     "split": sum(not leaf.sharding.is_fully_replicated for leaf in leaves.values()),
     "largest": max(leaf.addressable_shards[0].data.size for leaf in leaves.values()),
@@ -69,14 +69,14 @@ def start(code: str, folder: Path, sizes, out: Path, devices: int, process: int 
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", LOAD + code, str(folder), json.dumps(sizes), str(out), str(process), coordinator]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], **pipes)
 
 
-def said(process: subprocess.Popen) -> dict:
-    out, errors = process.communicate()
+def told_by(process: subprocess.Popen, out: Path, number: int = 0) -> dict:
+    errors = process.communicate()[1]
     assert process.returncode == 0, errors[-2000:]
-    return json.loads(out.splitlines()[-1])
+    return json.loads((out / f"told{number}.json").read_text())
 
 
 def leaves_of(policy) -> dict[str, np.ndarray]:
@@ -92,7 +92,7 @@ def test_loading_onto_eight_devices(sizes, tmp_path):
     talks = [conversation(rng, alone.policy.config, 3, (0, 4, 8), n, (2, 2, 6), 2) for n in (4, 9, 2)]
     inputs = processor_output(talks, "left")
     np.savez(tmp_path / "inputs.npz", **inputs)
-    told = said(start(ALONE, folder, sizes, tmp_path, devices=8))
+    told = told_by(start(ALONE, folder, sizes, tmp_path, devices=8), tmp_path)
     assert told["read"] == 1  # two devices hold each part, and it is read once
     assert told["split"] > 15 and told["largest"] < max(leaf.size for leaf in leaves.values())
     result = np.load(tmp_path / "result.npz")
@@ -110,7 +110,7 @@ def test_two_processes_read_only_what_their_devices_hold(tmp_path):
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     processes = [start(TOGETHER, folder, (1, 4, 2), tmp_path, 4, number, coordinator) for number in range(2)]
-    told = [said(process) for process in processes]
+    told = [told_by(process, tmp_path, number) for number, process in enumerate(processes)]
     assert all(0.5 < part["read"] < 0.6 for part in told)  # half of what is spread, all of the small rest
     held = [np.load(tmp_path / f"held{number}.npz") for number in range(2)]
     for name, leaf in leaves_of(load_policy(folder)).items():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from child_processes import run_two
 
 from revseg_jax.cli import main
 from revseg_jax.errors import InputError
@@ -98,32 +96,23 @@ def test_tpu_vms_are_described_by_their_metadata_server(metadata):
 
 
 PROGRAM = """
+import os
+from child_processes import report
 from revseg_jax.parallel.startup import start_processes
-print(start_processes())
+joined = start_processes()
 import jax
 from jax.experimental import multihost_utils
-print(jax.device_count(), multihost_utils.process_allgather(jax.numpy.array(10 + jax.process_index())).tolist())
+gathered = multihost_utils.process_allgather(jax.numpy.array(10 + jax.process_index()))
+report([str(joined), os.environ["REVSEG_COORDINATOR"], jax.device_count(), gathered.tolist()])
 """
 
 
 def test_two_processes_join_over_loopback():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env=os.environ | explicit(address, "2", str(index)) | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    for index, process in enumerate(started):
-        words, errors = process.communicate(timeout=300)
-        lines = [line for line in words.splitlines() if not line.startswith("[Gloo]")]
-        assert lines == [f"process {index} of 2 (coordinator {address})", "4 [10, 11]"], errors
+    for index, (found, errors, status) in enumerate(run_two(PROGRAM)):
+        assert status == 0, errors
+        joined, address, devices, gathered = found
+        assert joined == f"process {index} of 2 (coordinator {address})"
+        assert (devices, gathered) == (8, [10, 11])
 
 
 def test_compilations_are_kept_in_the_cache_folder_unless_the_environment_names_another(monkeypatch, tmp_path):
