@@ -266,7 +266,10 @@ def run_prepare(options: argparse.Namespace) -> None:
     from revseg_jax.data.synthetic_builder import prepare_synthetic
 
     if options.dataset == "synthetic":
-        prepared = prepare_synthetic(options.out, options.difficulty, *options.clips, seed=options.seed)
+        workers = options.workers or os.cpu_count() or 1
+        prepared = prepare_synthetic(
+            options.out, options.difficulty, *options.clips, seed=options.seed, workers=workers
+        )
     elif options.source is None:
         raise InputError("--source is missing: the folder that holds the download")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import multiprocessing
@@ -211,6 +212,15 @@ def test_fingerprint_is_of_the_content(tmp_path, folder):
     )
     assert same == read_prepared(folder)["fingerprint"] != other
     assert ClipSource([tmp_path / str(SEED)], "train").fingerprints == [same]
+
+
+def test_any_number_of_processes_draws_the_same_scenes(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(synthetic_builder, "DRAWN_AT_ONCE", 2)
+    prepare_synthetic(tmp_path / "two", "easy", TRAIN, TEST, SEED, progress=False, workers=2)
+    assert read_prepared(tmp_path / "two") == read_prepared(folder)
+    files = [path.name for path in folder.glob("*.array_record-*")]
+    assert len(files) == 3
+    assert filecmp.cmpfiles(folder, tmp_path / "two", files, shallow=False) == (files, [], [])
 
 
 def test_a_full_disk_leaves_no_folder_and_the_next_time_finishes(tmp_path, monkeypatch, folder):

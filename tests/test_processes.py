@@ -6,6 +6,7 @@ Every run is the command itself, with clips, a sidecar, checkpoints and logs.
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -133,7 +134,10 @@ def test_eight_devices_train_as_one_does(sizes, alone, overrides, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_and_end_together(alone, overrides, tmp_path):
-    """Each has half of the prompts; only the first writes. Then one is killed, and the other does not wait for it."""
+    """Each has half of the prompts; only the first writes. Then one is killed, and the other does not wait for it.
+
+    From their checkpoint one process goes on as if it had been alone from the start.
+    """
     folder = tmp_path / "run"
     processes = start_two(
         overrides, folder, 1000, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "run.keep_checkpoints=99"
@@ -153,3 +157,11 @@ def test_two_processes_train_as_one_does_and_end_together(alone, overrides, tmp_
         for process in processes:
             process.kill()
             process.communicate()
+    more = f"run.steps={len(lines(folder / 'metrics.jsonl')) + 1}"
+    finish(start(overrides, folder, 1, more))
+    shutil.copytree(alone, tmp_path / "alone")
+    finish(start(overrides, tmp_path / "alone", 1, more))
+    # Digests of a step of two processes are digests of both shares; those of the step that one took can be compared.
+    ours, theirs = (lines(path / "digests.jsonl")[-1] for path in (folder, tmp_path / "alone"))
+    for name in ("step", "data", "tokens", "rewards"):
+        assert ours[name] == theirs[name], name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from revseg_jax.data.clip import encode_mask
 from revseg_jax.data.frames import encode_frame
+from revseg_jax.data.processes import process_pool
 from revseg_jax.data.records import VideoExpression, make_record
 from revseg_jax.data.synthetic import DIFFICULTIES, VERSION, Difficulty, Scene, render
 from revseg_jax.data.writer import Built, Part, write_dataset
@@ -18,15 +20,26 @@ from revseg_jax.errors import InputError
 
 NAME = "synthetic"
 REVERSED = "test_reversed"  # the test clips played backwards, with their queries asked anew
+DRAWN_AT_ONCE = 32  # scenes a process: which of them have queries shows only then, so the last ones may be in vain
 
 
-def records(difficulty: Difficulty, split: str, wanted: int, seed: int) -> Iterator[Built]:
+def records(difficulty: Difficulty, split: str, wanted: int, seed: int, workers: int) -> Iterator[Built]:
     """The first `wanted` scenes, counting up from the seed, that have at least one query."""
-    first = seed << 32
+    make, block = partial(_record, difficulty, split, seed << 32), DRAWN_AT_ONCE * workers
+    with contextlib.ExitStack() as stack:
+        if workers > 1 and wanted > block:
+            pool = stack.enter_context(process_pool(workers))
+            blocks = (pool.map(make, range(first, first + block)) for first in itertools.count(step=block))
+            drawn = itertools.chain.from_iterable(blocks)
+        else:
+            drawn = map(make, itertools.count())
+        yield from ((record, []) for record in itertools.islice(filter(None, drawn), wanted))
+
+
+def _record(difficulty: Difficulty, split: str, first: int, number: int) -> dict | None:
     of, reverse = (split, False) if split != REVERSED else ("test", True)
-    scenes = (render(first + i, difficulty, of, reverse=reverse) for i in itertools.count())
-    for scene in itertools.islice((scene for scene in scenes if scene.expressions), wanted):
-        yield scene_record(f"{split}-{scene.seed - first:06d}", scene), []
+    scene = render(first + number, difficulty, of, reverse=reverse)
+    return scene_record(f"{split}-{number:06d}", scene) if scene.expressions else None
 
 
 def scene_record(video_id: str, scene: Scene) -> dict:
@@ -56,6 +69,7 @@ def prepare_synthetic(
     """Writes a folder of synthetic clips; returns the content of its `prepared.json`.
 
     Splits are `train`, `test` and `test_reversed`, the test clips played backwards with their queries asked anew.
+    workers: processes that draw scenes; any number draws the same.
 
     An already complete folder with the same settings is reused. The test split holds (colour, shape) pairs that train
     never shows. Raises InputError for bad arguments or a folder that holds something else, RunFailure when it cannot be
@@ -81,9 +95,9 @@ def prepare_synthetic(
     def parts() -> list[Part]:
         # One a split: which scenes have queries shows only when they are drawn.
         return [
-            Part(split, f"{settings}", wanted, partial(records, difficulty, split, wanted, seed))
+            Part(split, f"{settings}", wanted, partial(records, difficulty, split, wanted, seed, workers))
             for split, wanted in clips.items()
             if wanted
         ]
 
-    return write_dataset(out_dir, NAME, settings, parts, workers=workers, progress=progress)
+    return write_dataset(out_dir, NAME, settings, parts, progress=progress)
