@@ -11,6 +11,8 @@ import numpy as np
 from revseg_jax.config import Config
 from revseg_jax.data.example import Batch, Example, stack
 from revseg_jax.parallel.processes import agree
+from revseg_jax.parallel.rows import same_in_share
+from revseg_jax.parallel.sharding import Placement
 from revseg_jax.rewards.scoring import PendingRewards, collect_rewards, request_rewards
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.batch import RolloutBatch, concatenate
@@ -92,7 +94,11 @@ def decode_steps(chains: Sequence[Sequence[Rollout]]) -> int:
 
 
 def replace_groups_without_spread(
-    config: Config, first: Groups, batches: Iterator[Batch], sample: Callable[[Batch], Groups]
+    config: Config,
+    placement: Placement,
+    first: Groups,
+    batches: Iterator[Batch],
+    sample: Callable[[Batch], Groups],
 ) -> tuple[Groups, int]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage;
     the first groups of further batches that have one take their places.
@@ -103,10 +109,10 @@ def replace_groups_without_spread(
     sidecar.
     """
     drawn, wanted = [first], len(first.batch)
-    useful = _with_spread(first, config)
+    useful = _with_spread(first, config, placement)
     while len(drawn) <= config.rollout.resample_limit and agree(len(useful) < wanted):
         drawn.append(sample(next(batches)))
-        useful += [(len(drawn) - 1, row) for _, row in _with_spread(drawn[-1], config)]
+        useful += [(len(drawn) - 1, row) for _, row in _with_spread(drawn[-1], config, placement)]
     chosen = useful[:wanted]
     chosen = sorted(chosen + [(0, row) for row in range(wanted) if (0, row) not in chosen][: wanted - len(chosen)])
     if all(number == 0 for number, _ in chosen):
@@ -122,7 +128,7 @@ def replace_groups_without_spread(
     return groups, sum(number > 0 for number, _ in chosen)
 
 
-def _with_spread(groups: Groups, config: Config) -> list[tuple[int, int]]:
+def _with_spread(groups: Groups, config: Config, placement: Placement) -> list[tuple[int, int]]:
     away, rewards = None, []
     try:
         rewards = groups.rewards(config)
@@ -130,7 +136,7 @@ def _with_spread(groups: Groups, config: Config) -> list[tuple[int, int]]:
         away = str(error)
     if away := agree(away):
         raise SidecarAway(away)
-    totals = np.array([[reward.total for reward in row] for row in rewards])
+    totals = np.array([[reward.total for reward in row] for row in same_in_share(placement, rewards)])
     return [(0, int(row)) for row in np.flatnonzero(totals.std(axis=1) > NO_SPREAD)]
 
 

@@ -25,12 +25,18 @@ from revseg_jax.parallel.processes import (
     failing_together,
     gather,
     leads,
-    mean_over_processes,
     telling_others,
 )
-from revseg_jax.parallel.rows import check_spread, place_rows, process_share
+from revseg_jax.parallel.rows import (
+    check_spread,
+    gather_shares,
+    mean_over_shares,
+    place_rows,
+    process_share,
+    same_in_share,
+)
+from revseg_jax.parallel.sharding import Placement
 from revseg_jax.rewards.total import RolloutReward, weights_from
-from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run.determinism import use_deterministic_kernels
@@ -130,7 +136,7 @@ def run_steps(
         groups, replaced = sample(batch), 0
         if config.rollout.resample_limit:
             try:
-                groups, replaced = replace_groups_without_spread(config, groups, data, sample)
+                groups, replaced = replace_groups_without_spread(config, loaded.placement, groups, data, sample)
             except SidecarAway as error:
                 failure = str(error)
                 break
@@ -153,6 +159,7 @@ def run_steps(
         failure = agree(failure)
         if failure or agree(interruption.requested):
             break
+        rewards = same_in_share(loaded.placement, rewards)
 
         by_turn = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
         if config.learner.algorithm == "ppo":
@@ -163,18 +170,18 @@ def run_steps(
         metrics["learner/bad_steps"] = int(state.bad_steps)
         clock.lap("update")
 
-        processes = jax.process_count()
-        flops = update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts) * processes
-        metrics |= mean_over_processes(reward_metrics(rewards) | rollout_metrics(groups))
-        metrics |= speed_metrics(clock.seconds, groups.tokens * processes, flops, compilations.since_last())
-        metrics["rollout/groups_replaced"] = sum(gather(replaced))
+        metrics |= mean_over_shares(loaded.placement, reward_metrics(rewards) | rollout_metrics(groups))
+        counts = replaced, groups.tokens, update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts)
+        replaced, tokens, flops = map(sum, zip(*gather_shares(loaded.placement, counts), strict=True))
+        metrics |= speed_metrics(clock.seconds, tokens, flops, compilations.since_last())
+        metrics["rollout/groups_replaced"] = replaced
         for gap in ("logprob_gap", "logprob_gap_mean"):
             metrics[f"rollout/{gap}"] = metrics.pop(f"learner/{gap}")
         done, position = step + 1, data.get_state()
-        run.log(done, metrics, step_digests(groups.batch, groups.rollouts, rewards, metrics))
+        run.log(done, metrics, step_digests(loaded.placement, groups, rewards, metrics))
         progress.show(done, metrics)
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
-            records = gather(list(step_traces(config, groups, rewards, done)))
+            records = gather_shares(loaded.placement, list(step_traces(config, groups, rewards, done)))
             run.write_traces(f"step_{done:06d}", (record for part in records for record in part))
         if done % config.run.checkpoint_every == 0 or done == config.run.steps or evaluation_due(config, done):
             run.checkpoints.save(done, state, position)
@@ -197,18 +204,23 @@ def run_steps(
 
 
 def step_digests(
-    batch: Batch, rollouts: RolloutBatch, rewards: list[list[RolloutReward]], metrics: dict[str, float]
+    placement: Placement, groups: Groups, rewards: list[list[RolloutReward]], metrics: dict[str, float]
 ) -> dict[str, str]:
-    """One digest for each of `revseg_jax.run.digests.STAGES`, of all processes together."""
+    """One digest for each of `revseg_jax.run.digests.STAGES`. Those of data, tokens and rewards are made of the rows'
+    digests, so that they mean the same for any number of processes."""
+    batch, rollouts = groups.batch, groups.rollouts
+    rows = [
+        {
+            "data": digest([batch.index[b], batch.video_id[b], batch.query[b], batch.frames[b]]),
+            "tokens": digest([rollouts.tokens[b], rollouts.mask[b]]),
+            "rewards": digest([row]),
+        }
+        for b, row in enumerate(rewards)
+    ]
+    everything = [row for part in gather_shares(placement, rows) for row in part]
+    found = {stage: digest(row[stage] for row in everything) for stage in rows[0]}
     update = {name: value for name, value in metrics.items() if name.startswith("learner/")}
-    own = {
-        "data": digest([batch.index, batch.video_id, batch.query, batch.frames]),
-        "tokens": digest([rollouts.tokens, rollouts.mask]),
-        "rewards": digest([rewards]),
-        "update": digest([sorted(update.items())]),
-    }
-    parts = gather(own)
-    return own if len(parts) == 1 else {name: digest(part[name] for part in parts) for name in own}
+    return found | {"update": digest([sorted(update.items())])}
 
 
 def step_traces(config: Config, groups: Groups, rewards, step: int) -> Iterator[dict[str, Any]]:

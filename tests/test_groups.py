@@ -8,9 +8,10 @@ import pytest
 from child_processes import run_two
 
 from revseg_jax.chain.parsing import Turn1, Turn2
-from revseg_jax.config import Config, RewardsConfig, RolloutConfig
+from revseg_jax.config import Config, MeshConfig, RewardsConfig, RolloutConfig
 from revseg_jax.data.example import Batch, Example, stack
 from revseg_jax.groups import Groups, decode_steps, replace_groups_without_spread, sample_groups
+from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.rewards.scoring import PendingRewards
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
@@ -62,7 +63,10 @@ def replaced(first: Groups, *more: Groups, limit: int = 5) -> tuple[Groups, int,
     config = replace(CONFIG, rollout=replace(CONFIG.rollout, resample_limit=limit))
     prepared = {int(g.batch.index[0]): g for g in more}
     batches = iter([g.batch for g in more])
-    result = replace_groups_without_spread(config, first, batches, lambda batch: prepared[int(batch.index[0])])
+    placement = make_placement(MeshConfig())
+    result = replace_groups_without_spread(
+        config, placement, first, batches, lambda batch: prepared[int(batch.index[0])]
+    )
     return *result, len(more) - len(list(batches))
 
 

@@ -12,8 +12,10 @@ from child_processes import report
 from jax.sharding import PartitionSpec as P
 from revseg_jax.config import MeshConfig
 from revseg_jax.errors import InputError
-from revseg_jax.parallel.processes import agree, failing_together, gather, leads, mean_over_processes
-from revseg_jax.parallel.rows import own_rows, place_rows, process_share
+from revseg_jax.parallel.processes import agree, failing_together, gather, leads
+from revseg_jax.parallel.rows import (
+    gather_shares, mean_over_shares, own_rows, place_rows, process_share, same_in_share
+)
 from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.parallel.startup import start_processes
 
@@ -30,11 +32,15 @@ with failing_together():
             doubled = jax.jit(lambda x: 2 * x, out_shardings=placement.sharding((8, 2), "prompts"))(whole)
             np.testing.assert_array_equal(own_rows(doubled), 2 * own)
             assert float(jax.jit(lambda x: (x * np.arange(8)[:, None]).sum())(whole)) == 588
+        split, whole = (make_placement(MeshConfig(*sizes)) for sizes in ((1, 2, 2, 2), (1, 1, 1, 8)))
+        metrics = {"reward": float(index), "truncated_count": 2 + index}
         report({
-            "share": [process_share(make_placement(MeshConfig(*sizes))) for sizes in ((1, 2, 2, 2), (1, 1, 1, 8))],
+            "share": [process_share(placement) for placement in (split, whole)],
+            "of_shares": [gather_shares(placement, index) for placement in (split, whole)],
+            "same": [same_in_share(placement, index) for placement in (split, whole)],
             "gathered": gather(["a" * (100 + index), index]),
             "agreed": [agree(index == 1), agree(None), agree("first" if index == 0 else "second")],
-            "mean": mean_over_processes({"reward": float(index), "truncated_count": 2 + index}),
+            "mean": [mean_over_shares(placement, metrics) for placement in (split, whole)],
             "leads": leads(),
         })
     elif index == 1 and what == "error":
@@ -56,7 +62,8 @@ def test_two_processes_hold_rows_and_agree():
         assert one["share"] == [[index, 2], [0, 1]]
         assert one["gathered"] == [["a" * 100, 0], ["a" * 101, 1]]
         assert one["agreed"] == [True, None, "first"]
-        assert one["mean"] == {"reward": 0.5, "truncated_count": 5}
+        assert one["of_shares"] == [[0, 1], [0]] and one["same"] == [index, 0]
+        assert one["mean"] == [{"reward": 0.5, "truncated_count": 5}, {"reward": 0.0, "truncated_count": 2}]
         assert one["leads"] == (index == 0)
 
 

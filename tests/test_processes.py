@@ -161,7 +161,14 @@ def test_two_processes_train_as_one_does_and_end_together(alone, overrides, tmp_
     finish(start(overrides, folder, 1, more))
     shutil.copytree(alone, tmp_path / "alone")
     finish(start(overrides, tmp_path / "alone", 1, more))
-    # Digests of a step of two processes are digests of both shares; those of the step that one took can be compared.
-    ours, theirs = (lines(path / "digests.jsonl")[-1] for path in (folder, tmp_path / "alone"))
-    for name in ("step", "data", "tokens", "rewards"):
-        assert ours[name] == theirs[name], name
+    for ours, theirs in zip(*(lines(path / "digests.jsonl") for path in (folder, tmp_path / "alone")), strict=True):
+        for name in ("step", "data", "tokens", "rewards"):
+            assert ours[name] == theirs[name], name
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_all_prompts_train_as_one_does(alone, overrides, tmp_path):
+    """The tensor axis lies across both: each has copies of all rows, and every row counts once."""
+    for process in start_two(overrides, tmp_path / "run", STEPS, "mesh.fsdp=1", "mesh.tensor=8"):
+        finish(process)
+    assert_same_training(tmp_path / "run", alone)

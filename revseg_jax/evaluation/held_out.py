@@ -17,7 +17,8 @@ from revseg_jax.data.example import Batch
 from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.chains import answers, track, tracker_prompts
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
-from revseg_jax.parallel.processes import agree, gather, leads
+from revseg_jax.parallel.processes import agree, leads
+from revseg_jax.parallel.rows import gather_shares, process_share
 from revseg_jax.rewards.temporal import best_constant_keyframe, random_visible_keyframe
 from revseg_jax.rewards.total import RolloutReward, score_rollout
 from revseg_jax.rollout.chains import Rollout
@@ -84,8 +85,9 @@ def evaluate_policy(
     chosen = _spread(len(source), config.data.test_clips or len(source))
     illustrated = chosen[_spread(len(chosen), trace_thumbnails)]
     # All processes sample equally often: what one has less, it samples once more and leaves out.
-    own = chosen[jax.process_index() :: jax.process_count()]
-    filled = np.resize([*own, *chosen[:1]], -(-len(chosen) // jax.process_count()))
+    share, count = process_share(engine.placement)
+    own = chosen[share::count]
+    filled = np.resize([*own, *chosen[:1]], -(-len(chosen) // count))
     scored: list[Scored] = []
     away: str | None = None
     bar = tqdm(total=len(own), desc=f"evaluate {label}", unit="chain", disable=not leads() or None)
@@ -96,9 +98,9 @@ def evaluate_policy(
             tracked = pool.map(lambda pair: track(client, *pair), tracker_prompts(clips, batch, chains))
             try:
                 for b, masks in zip(range(min(len(clips), len(own) - len(scored))), tracked, strict=False):
-                    count = THUMBNAILS * int(batch.index[b] in illustrated)
+                    pictures = THUMBNAILS * int(batch.index[b] in illustrated)
                     scored.append(
-                        _score(config, clips[b], batch, b, chains[b], masks if client else None, label, count)
+                        _score(config, clips[b], batch, b, chains[b], masks if client else None, label, pictures)
                     )
                     bar.update()
             except SidecarAway as error:
@@ -108,7 +110,7 @@ def evaluate_policy(
     bar.close()
     if away := agree(away):
         raise SidecarAway(away)
-    parts = gather(scored)
+    parts = gather_shares(engine.placement, scored)
     everything = [parts[i % len(parts)][i // len(parts)] for i in range(len(chosen))]
     return _summary(everything), [one.trace for one in everything]
 

@@ -46,15 +46,6 @@ def agree(thing: Thing) -> Thing:
     return next((other for other in gather(thing) if other), thing)
 
 
-def mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    """Of metrics over equally many prompts each; those that end in "_count" add up, one that is missing is 0."""
-    parts = gather(metrics)
-    return {
-        name: sum(part.get(name, 0.0) for part in parts) / (1 if name.endswith("_count") else len(parts))
-        for name in dict.fromkeys(name for part in parts for name in part)
-    }
-
-
 @contextmanager
 def failing_together() -> Iterator[None]:
     """While the block runs, an error in any of the processes ends all of them, with its message and exit status.

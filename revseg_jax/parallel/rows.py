@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,7 +10,10 @@ from jax.sharding import SingleDeviceSharding
 
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError
+from revseg_jax.parallel.processes import gather
 from revseg_jax.parallel.sharding import Placement
+
+Thing = TypeVar("Thing")
 
 
 def process_share(placement: Placement) -> tuple[int, int]:
@@ -29,6 +32,33 @@ def process_share(placement: Placement) -> tuple[int, int]:
         sizes = " ".join(f"{name}={size}" for name, size in placement.mesh.shape.items())
         raise InputError(f"mesh {sizes}: the {len(held)} processes cannot share the prompts evenly")
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def gather_shares(placement: Placement, thing: Thing) -> list[Thing]:
+    """What the processes gave, once for each share, in the order of the rows; of processes with the same share the
+    first one's counts. All processes must call it; anything that pickles."""
+    if jax.process_count() == 1:
+        return [thing]
+    found: dict[int, Thing] = {}
+    for share, other in gather((process_share(placement)[0], thing)):
+        found.setdefault(share, other)
+    return [found[share] for share in sorted(found)]
+
+
+def same_in_share(placement: Placement, thing: Thing) -> Thing:
+    """The first process's of those that have this one's share: what came from outside, as rewards do, must not differ
+    between copies of one row. All processes must call it; anything that pickles."""
+    share, count = process_share(placement)
+    return thing if count == jax.process_count() else gather_shares(placement, thing)[share]
+
+
+def mean_over_shares(placement: Placement, metrics: dict[str, float]) -> dict[str, float]:
+    """Of metrics over equally many prompts each; those that end in "_count" add up, one that is missing is 0."""
+    parts = gather_shares(placement, metrics)
+    return {
+        name: sum(part.get(name, 0.0) for part in parts) / (1 if name.endswith("_count") else len(parts))
+        for name in dict.fromkeys(name for part in parts for name in part)
+    }
 
 
 def check_spread(placement: Placement, config: Config) -> None:
