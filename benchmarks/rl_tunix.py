@@ -1,9 +1,10 @@
 """Sampling of a group against google-tunix's own sampler, on a text-only model of the same shape and weights.
 
-    python -m venv tunix && SAM2_BUILD_CUDA=0 tunix/bin/pip install . google-tunix==0.1.7
+    python -m venv tunix && tunix/bin/pip install google-tunix==0.1.7 torch torchvision
+    tunix/bin/pip install --no-deps .
     tunix/bin/python benchmarks/rl_tunix.py [--small] [--repeats 3] [--out rl_tunix.json]
 
-An environment of its own: tunix wants other versions than constraints.txt. `group` rows of `prefix` text tokens are
+An environment of its own: tunix wants an older safetensors and so an older transformers than we. `group` rows of `prefix` text tokens are
 answered by `answer` sampled tokens each, in float32 on this machine: once as so many prompts of one rollout (G = 1),
 once as one prompt of so many (G = `group`); tunix has no notion of a group and gets the prompt as often. Decode tokens
 a second are those of the steps after the first, so neither prefill nor what happens once a call counts: the time of a
