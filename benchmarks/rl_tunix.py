@@ -4,11 +4,12 @@
     tunix/bin/pip install --no-deps .
     tunix/bin/python benchmarks/rl_tunix.py [--small] [--repeats 3] [--out rl_tunix.json]
 
-An environment of its own: tunix wants an older safetensors and so an older transformers than we. `group` rows of `prefix` text tokens are
-answered by `answer` sampled tokens each, in float32 on this machine: once as so many prompts of one rollout (G = 1),
-once as one prompt of so many (G = `group`); tunix has no notion of a group and gets the prompt as often. Decode tokens
-a second are those of the steps after the first, so neither prefill nor what happens once a call counts: the time of a
-whole rollout less that of a rollout of one token. The sides take turns in one process; every repeat is in the JSON.
+An environment of its own: tunix wants an older safetensors, and so an older transformers, than we. `group` rows of
+`prefix` text tokens are answered by `answer` sampled tokens each, in float32 on this machine: once as so many prompts
+of one rollout (G = 1), once as one prompt of so many (G = `group`); tunix has no notion of a group and gets the prompt
+as often. Decode tokens a second are those of the steps after the first, so neither prefill nor what happens once a call
+counts: the time of a whole rollout less that of a rollout of one token. The sides take turns in one process; every
+repeat is in the JSON.
 """
 
 from __future__ import annotations
