@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -117,6 +118,17 @@ def test_fifty_mixed_batches_compile_once_a_bucket(pair, caplog):
             policy.logits(**batch)
     compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling ")]
     assert 1 < len(compiled) <= len(buckets)
+
+
+def test_lengths_can_be_chosen(pair):
+    policy = replace(pair[1], lengths=(200, 40, 90))
+    rng, config = np.random.default_rng(4), policy.policy.config
+    for count, slots in ((7, 40), (40, 40), (41, 90), (90, 90), (91, 200)):
+        inputs = {"input_ids": rng.integers(0, TEXT_TOKENS, (2, count))}
+        assert pack(config, **inputs, lengths=policy.lengths).tokens.shape == (2, slots)
+        np.testing.assert_allclose(policy.logits(**inputs), pair[1].logits(**inputs), atol=1e-5)
+    with pytest.raises(InputError, match="201 tokens is longer"):
+        policy.logits(np.zeros((1, 201), int))
 
 
 def test_buckets():

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ class LoadedPolicy:
     folder: where it was read from
     stored_dtype: of the weights in its files
     placement: of the parameters on the mesh; None without one
+    lengths: that conversations are padded to, in tokens; () for two an octave from 64 on
     """
 
     policy: Policy
@@ -58,6 +60,7 @@ class LoadedPolicy:
     folder: Path
     stored_dtype: str
     placement: Placement | None = None
+    lengths: tuple[int, ...] = ()
 
     def logits(
         self,
@@ -72,10 +75,11 @@ class LoadedPolicy:
     ) -> np.ndarray:
         """Next-token logits float32 [B, length, vocab] of what transformers' processor returns (as NumPy, see `pack`).
 
-        What stands at padding means nothing. `mm_token_type_ids` repeats what `input_ids` say and is not read.
+        What stands at padding means nothing. Compiles once for each of `lengths` and each bucket of images and videos;
+        a longer batch is an InputError. `mm_token_type_ids` repeats what `input_ids` say and is not read.
         """
         images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
-        packed = pack(self.policy.config, input_ids, attention_mask, *images, *videos, second_per_grid_ts)
+        packed = pack(self.policy.config, input_ids, attention_mask, *images, *videos, second_per_grid_ts, self.lengths)
         rows, length = np.shape(input_ids)
         return conversation_logits(self.policy, packed, self.placement)[:rows, :length]
 
@@ -101,12 +105,14 @@ def load_policy(
     mesh: Mesh | None = None,
     attention: str = "auto",
     axes: AxesConfig = AxesConfig(),  # noqa: B008 (frozen)
+    lengths: Sequence[int] = (),
 ) -> LoadedPolicy:
     """Loads a checkpoint folder in Hugging Face layout, or "embedded".
 
     dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16". remat: a name of
     `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices
     hold. attention: the implementation (see `AttentionChoice`). axes: how arrays are spread over the mesh.
+    lengths: of sequences, in tokens, that `logits` compiles for; default: two an octave from 64 on.
     Raises InputError that names what is missing or wrong in the folder.
     """
     folder = resolve_folder(folder)
@@ -125,7 +131,7 @@ def load_policy(
         lambda: Policy(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat, attention=choice)
     )
     stored_dtype = load_weights(folder, policy, param_dtype, placement)
-    return LoadedPolicy(policy, tokenizer, chain, folder, stored_dtype, placement)
+    return LoadedPolicy(policy, tokenizer, chain, folder, stored_dtype, placement, tuple(lengths))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

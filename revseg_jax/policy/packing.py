@@ -6,7 +6,7 @@ so that what runs on the devices compiles once a bucket.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +58,15 @@ def bucket(count: int, smallest: int = 1) -> int:
     return between if max(count, smallest) <= between and size % 4 == 0 else size
 
 
+def row_length(count: int, lengths: Sequence[int]) -> int:
+    """The slots of rows of `count` tokens. Raises InputError when there are `lengths` and none holds them."""
+    if not lengths:
+        return bucket(count, SMALLEST_LENGTH)
+    if count > max(lengths):
+        raise InputError(f"a row of {count} tokens is longer than the longest of lengths={list(lengths)}")
+    return min(length for length in lengths if length >= count)
+
+
 def pack(
     config: ModelConfig,
     input_ids: np.ndarray,
@@ -67,13 +76,15 @@ def pack(
     pixel_values_videos: np.ndarray | None = None,
     video_grid_thw: np.ndarray | None = None,
     second_per_grid_ts: np.ndarray | None = None,
+    lengths: Sequence[int] = (),
 ) -> PackedConversations:
     """A batch of conversations from the output of transformers' processor.
 
     input_ids, attention_mask int [B, length]; pixel_values and pixel_values_videos [patches, patch_dim] of all images
     and of all videos, in order of appearance; their grids int [n, 3] (time, height, width) in patches;
-    second_per_grid_ts [videos], seconds of one temporal patch (default 1, as in transformers).
-    Raises InputError when tokens, grids and pixels do not belong together.
+    second_per_grid_ts [videos], seconds of one temporal patch (default 1, as in transformers). lengths: that rows may
+    have, in tokens; default: those of `bucket` from 64 on.
+    Raises InputError when tokens, grids and pixels do not belong together, or when no length holds the rows.
     """
     tokens = np.asarray(input_ids, np.int32)
     mask = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
@@ -86,7 +97,7 @@ def pack(
         raise InputError(f"second_per_grid_ts has {len(seconds)} values for {len(videos)} videos")
 
     rows, length = tokens.shape
-    shape = bucket(rows), bucket(length, SMALLEST_LENGTH)
+    shape = bucket(rows), row_length(length, lengths)
     packed = PackedConversations(
         tokens=np.zeros(shape, np.int32),
         positions=np.zeros((shape[0], 3, shape[1]), np.int32),
