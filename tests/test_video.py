@@ -105,6 +105,14 @@ def test_memory_does_not_grow_with_length(tmp_path):
     assert grown[400] < grown[40] + 100 * frame.nbytes  # of 360 more
 
 
+def test_metadata_need_not_be_utf8(tmp_path):
+    path, frames = tmp_path / "a.mp4", numbered(3, 64, 48)
+    data = write(path, frames).read_bytes()
+    assert data.count(b"Lavf") == 1  # the name of the program that wrote it
+    path.write_bytes(data.replace(b"Lavf", b"\xff\xfeaf"))
+    assert len(list(open_video(path).frames())) == 3
+
+
 @pytest.mark.skipif(not REAL, reason="needs the real clips")
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
 def test_real_clips_agree_with_their_packets(path):

@@ -24,9 +24,10 @@ from revseg_jax.policy.rope import sequence_positions
 torch.set_num_threads(1)
 
 # Tiny models compile for seconds and run for milliseconds: a third of the time with less of the compiler.
-quick_jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-)
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 12):
+    QUICK["xla_cpu_use_fusion_emitters"] = False  # later ones have no such option
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 TEXT_TOKENS = 90  # ids below are text
 VISION_START, VISION_END, IMAGE, VIDEO, VOCAB = 90, 91, 92, 93, 96
