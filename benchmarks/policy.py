@@ -105,13 +105,13 @@ def ours(folder: Path, dtype: str, frames: int):
     from revseg_jax.policy.model import Policy
     from revseg_jax.policy.rope import sequence_positions
 
-    policy = load_policy(folder, dtype=dtype, param_dtype=dtype).policy
+    policy = load_policy(folder, dtype=dtype, param_dtype=dtype, remat="dots").policy
     tokens, grid, patches = conversation(policy.config, frames)
     positions = sequence_positions(tokens, policy.config, [grid], [1.0])[:, None]
     inputs = jax.device_put((tokens[None].astype(np.int32), positions, jnp.asarray(patches, policy.dtype)))
 
     def logits(policy: Policy, tokens, positions, patches):
-        features = policy.vision(patches, grid[1], grid[2]).reshape(1, -1, policy.config.text.hidden_size)
+        features = policy.vision(patches, grid[1], grid[2], policy.remat).reshape(1, -1, policy.config.text.hidden_size)
         hidden, _, _ = policy.prefix_forward(tokens, positions, jnp.ones(tokens.shape, bool), features)
         return policy.text.logits(hidden[:, -TAIL:])
 

@@ -104,7 +104,7 @@ class Ours:
         cache = empty_suffix_cache(self.text, *self.last.shape, slots, jnp.float32)
         start, alive = jnp.full(self.last.shape, self.prefix.shape[1]), jnp.ones(self.last.shape, bool)
         tokens, logprobs, _, _ = decode_answer(
-            policy, self._prefill(policy), cache, self.last, start, alive, self.keys, 0, self.answer, NEVER
+            policy, self._prefill(policy).cache(), cache, self.last, start, alive, self.keys, 0, self.answer, NEVER
         )
         return jnp.concatenate([self.last[..., None], tokens], -1), jnp.pad(logprobs, ((0, 0), (0, 0), (1, 0)))
 

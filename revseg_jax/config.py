@@ -71,7 +71,7 @@ class PolicyConfig:
     path: str = "embedded"  # folder in Hugging Face layout, or "embedded" for the tiny policy shipped here
     dtype: str = "float32"  # of activations: float32 | bfloat16
     param_dtype: str = "float32"  # of the trained parameters and the optimiser state
-    remat: str = "none"  # in the backward pass: none | dots | dots_with_no_batch_dims | full (the least memory)
+    remat: str = "dots"  # in the backward pass: none | dots | dots_with_no_batch_dims | full (the least memory)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from revseg_jax.errors import InputError
-from revseg_jax.policy import attention as module
-from revseg_jax.policy.attention import AttentionChoice, attention, plain_attention, shared_prefix_attention
+from revseg_jax.policy import attention as dispatch
+from revseg_jax.policy import attention_plain
+from revseg_jax.policy.attention import AttentionChoice, attention, windowed_attention
 from revseg_jax.policy.attention_kernels import splash_attention, splash_suffix_attention
+from revseg_jax.policy.attention_plain import plain_attention, shared_prefix_attention
 
 # rows, slots, heads, key heads, head width
 SHAPES = [(2, 21, 4, 2, 16), (3, 9, 3, 3, 8), (1, 17, 4, 1, 12)]
@@ -50,25 +52,67 @@ def written_out(query, key, value, segments, causal):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", [512, 8])
 def test_plain_attention_equals_softmax_written_out(shape, causal, block, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(attention_plain, "BLOCK", block)
     arrays = draw(shape)
     for ours, expected in zip(attention(*arrays, causal), written_out(*arrays, causal), strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradients_do_not_depend_on_the_blocks(causal, monkeypatch):
-    *parts, segments = draw(SHAPES[0])
+def differentiable(query, key, value, segments, causal):
+    """`written_out` in a few lines that JAX differentiates as they stand."""
+    key, value = (jnp.repeat(part, query.shape[2] // part.shape[2], axis=2) for part in (key, value))
+    visible = segments[:, None, :, None] == segments[:, None, None, :]
+    visible = np.tril(visible) if causal else visible
+    scores = jnp.einsum("nshd,nthd->nhst", query, key) / np.sqrt(query.shape[-1])
+    scores = jnp.where(visible, scores, -jnp.inf)
+    output = jnp.einsum("nhst,nthd->nshd", jax.nn.softmax(scores, -1), value)
+    return output, jnp.moveaxis(jax.nn.logsumexp(scores, -1), 1, 2)
 
-    def loss(*parts):
-        output, logsumexp = attention(*parts, segments, causal)
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block", [512, 5])
+def test_plain_attentions_gradients_equal_those_of_softmax_written_out(causal, block, monkeypatch):
+    *parts, segments = draw(SHAPES[0])
+    monkeypatch.setattr(attention_plain, "BLOCK", block)
+
+    def loss(run, *parts):
+        output, logsumexp = run(*parts, segments, causal)
         return jnp.sum(output**2) + jnp.sum(logsumexp**2)
 
-    whole = jax.grad(loss, (0, 1, 2))(*parts)
-    monkeypatch.setattr(module, "BLOCK", 5)
-    for blocked, expected in zip(jax.grad(loss, (0, 1, 2))(*parts), whole, strict=True):
-        np.testing.assert_allclose(blocked, expected, atol=1e-4, rtol=1e-4)
+    gradients = [jax.grad(partial(loss, run), (0, 1, 2))(*parts) for run in (attention, differentiable)]
+    for ours, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_windowed_attention_is_attention_in_windows_or_whole_rows(full, implementation, monkeypatch):
+    """Values and gradients; by a kernel (here the interpreter runs it), the backward pass goes another way."""
+    interpreted = partial(splash_attention, interpret=jax.default_backend() != "tpu")
+    monkeypatch.setattr(dispatch, "splash_attention", interpreted)
+    windows, slots = 3, 7
+    *parts, segments = draw((2, windows * slots, 4, 4, 16))
+
+    def loss(run, *parts):
+        output = run(*parts)
+        return jnp.sum(output**3), output
+
+    def windowed(*parts):
+        choice = AttentionChoice(implementation)
+        return windowed_attention(*parts, segments.reshape(2, windows, slots), jnp.asarray(full), choice)
+
+    def reference(query, *parts):
+        sets = 1 if full else windows
+        folded = (part.reshape(2 * sets, -1, *part.shape[2:]) for part in (query, *parts, segments))
+        return differentiable(*folded, False)[0].reshape(query.shape)
+
+    results = []
+    for run in (windowed, reference):
+        (_, output), gradients = jax.value_and_grad(partial(loss, run), (0, 1, 2), has_aux=True)(*parts)
+        results.append((output, *gradients))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def kernel_cases():
@@ -117,7 +161,7 @@ def test_the_choice_by_platform(monkeypatch):
     with pytest.raises(InputError, match="attention=flash is not one of auto, xla, cudnn, splash"):
         AttentionChoice("flash")
     used = []
-    monkeypatch.setattr(module, "cudnn_attention", lambda *arrays: used.append(arrays))
+    monkeypatch.setattr(dispatch, "cudnn_attention", lambda *arrays: used.append(arrays))
     attention(*draw(SHAPES[0]), choice=AttentionChoice("cudnn"))
     assert len(used) == 1
 

@@ -38,7 +38,7 @@ from revseg_jax.policy.hf_weights import published_name, to_stored, weights_of
 from revseg_jax.policy.model import Policy, chunked_logprobs
 from revseg_jax.policy.preprocess import patchify
 from revseg_jax.policy.rope import sequence_positions
-from revseg_jax.policy.text import PrefixCache, empty_suffix_cache
+from revseg_jax.policy.text import Prefix, empty_suffix_cache
 
 SEEDS = [0, 1, 2, 3]
 # In patches; windows are 2 or 3 merged patches wide, so borders are uneven. One row is smaller than a window.
@@ -176,7 +176,7 @@ def test_decoding_token_by_token_equals_the_whole_forward(first_pair):
     whole = quick_jit(shared_prefix_hidden)(policy, arrays)
     prefix = quick_jit(Policy.prefill)(
         policy, *(arrays[f"prefix_{key}"] for key in ("tokens", "positions", "mask", "video"))
-    )
+    ).cache()
     x = policy.embed(arrays["tokens"], arrays["image"])
     prompts, groups, slots = arrays["mask"].shape
     cache = empty_suffix_cache(policy.config.text, prompts, groups, slots, jnp.float32)
@@ -217,7 +217,7 @@ def test_greedy_decoding_equals_generate(first_pair):
     hidden, keys, values = quick_jit(Policy.prefix_forward)(
         policy, talk.tokens[None], positions[:, None], mask, talk.features(policy)[None]
     )
-    prefix = PrefixCache(keys, values, jnp.asarray(mask))
+    prefix = Prefix(keys, values, jnp.asarray(mask)).cache()
     cache = empty_suffix_cache(policy.config.text, 1, 1, 64, jnp.float32)
 
     @quick_jit

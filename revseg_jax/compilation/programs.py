@@ -139,15 +139,18 @@ class StepPrograms:
     def caches(self, prompts: int) -> tuple[PrefixCache, SuffixCache]:
         text, group, layout = self.model.text, self.config.rollout.group_size, self.layout
 
-        def keys(*rows: int) -> jax.ShapeDtypeStruct:
-            shape = (text.num_layers, prompts, *rows, text.num_kv_heads, text.head_dim)
-            sharding = self.placement.sharding(shape, None, "prompts", *[None] * len(rows), "key_heads")
+        def cached(*matrices: int) -> jax.ShapeDtypeStruct:
+            shape = (text.num_layers, prompts, text.num_kv_heads, *matrices)
+            sharding = self.placement.sharding(shape, None, "prompts", "key_heads")
             return jax.ShapeDtypeStruct(shape, self.config.policy.dtype, sharding=sharding)
 
-        prefix, suffix = keys(layout.prefix), keys(group, layout.suffix)
+        width, prefix, suffix = text.head_dim, layout.prefix, layout.suffix
         return (
-            PrefixCache(prefix, prefix, self._rows(bool, prompts, layout.prefix)),
-            SuffixCache(suffix, suffix, self._rows(bool, prompts, group, layout.suffix)),
+            PrefixCache(cached(width, prefix), cached(prefix, width), self._rows(bool, prompts, prefix)),
+            SuffixCache(
+                *(cached(group, width, suffix), cached(group, suffix, width)),
+                self._rows(bool, prompts, group, suffix),
+            ),
         )
 
     def _rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -8,16 +8,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from revseg_jax.errors import InputError
 from revseg_jax.parallel.sharding import Placement
 from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attention, splash_suffix_attention
+from revseg_jax.policy.attention_plain import KEPT, plain_attention, plain_gradients, shared_prefix_attention
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SHORT = 256  # slots; below it no kernel is chosen
-BLOCK = 512  # queries whose scores exist at a time in plain XLA
-MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,58 @@ def attention(
     return run(query, key, value, segments, causal)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def windowed_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, full: jax.Array, choice: AttentionChoice
+) -> jax.Array:
+    """Attention inside the segments of each window or, where `full`, of the whole row.
+
+    query, key, value [N, W * S, H, D]; segments int32 [N, W, S]; full bool [], traced: one scan runs over blocks of
+    both kinds. Returns [N, W * S, H, D]. Both kinds fold the same arrays, and the backward pass keeps these, once:
+    JAX would keep what each branch of a condition folds. A kernel's forward pass runs again there.
+    """
+    return _windowed_forward(query, key, value, segments, full, choice)[0]
+
+
+def _windowed_forward(query, key, value, segments, full, choice):
+    def run(sets: int) -> tuple[jax.Array, jax.Array]:
+        folded = _fold(sets, query, key, value, segments.reshape(query.shape[:2]))
+        output, logsumexp = attention(*folded, choice=choice)
+        if choice.resolve(query.dtype, folded[0].shape[1], query.shape[3]) != "xla":
+            logsumexp = jnp.zeros_like(logsumexp)  # not needed, and a second call of the kernel
+        return output.reshape(query.shape), logsumexp.reshape(query.shape[:3])
+
+    result = jax.lax.cond(full, partial(run, 1), partial(run, segments.shape[1]))
+    output, logsumexp = checkpoint_name(result, KEPT)
+    return output, (query, key, value, segments, full, output, logsumexp)
+
+
+def _windowed_backward(choice, kept, into_output):
+    *parts, segments, full, output, logsumexp = kept
+    shape, windows = parts[0].shape, segments.shape[1]
+    segments = segments.reshape(shape[:2])
+
+    def run(sets: int) -> tuple[jax.Array, ...]:
+        *folded, result, result_logsumexp, into = _fold(sets, *parts, segments, output, logsumexp, into_output)
+        if choice.resolve(into.dtype, into.shape[1], shape[3]) == "xla":
+            into_result = into, jnp.zeros_like(result_logsumexp)
+            gradients = plain_gradients(False, (*folded, result, result_logsumexp), into_result)[:3]
+        else:
+            *own, own_segments = folded
+            gradients = jax.vjp(lambda *own: attention(*own, own_segments, choice=choice)[0], *own)[1](into)
+        return tuple(gradient.reshape(shape) for gradient in gradients)
+
+    return *jax.lax.cond(full, partial(run, 1), partial(run, windows)), None, None
+
+
+windowed_attention.defvjp(_windowed_forward, _windowed_backward)
+
+
+def _fold(sets: int, *parts: jax.Array) -> list[jax.Array]:
+    """[N, W * S, ...] -> [N * sets, W * S / sets, ...]."""
+    return [part.reshape(len(part) * sets, -1, *part.shape[2:]) for part in parts]
+
+
 def suffix_attention(
     query: jax.Array,
     key: jax.Array,
@@ -104,35 +156,6 @@ def suffix_attention(
     )(query, key, value, real, prefix)
 
 
-def plain_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
-) -> tuple[jax.Array, jax.Array]:
-    """`attention` in plain XLA: the reference. Long rows are read in blocks of queries: few scores exist at a time, and
-    keys that no query of a causal block sees are left out."""
-    length = query.shape[1]
-    blocks = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        seen = stop if causal else length
-        own, keys = segments[:, start:stop], segments[:, :seen]
-        blocks.append(_block_attention(query[:, start:stop], key[:, :seen], value[:, :seen], own, keys, causal))
-    output, logsumexp = zip(*blocks, strict=True)
-    return jnp.concatenate(output, 1), jnp.concatenate(logsumexp, 1)
-
-
-def _block_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, key_segments: jax.Array, causal: bool
-) -> tuple[jax.Array, jax.Array]:
-    """`attention` of S queries over T keys; `causal`: the queries stand in the last S slots of the keys."""
-    visible = segments[:, :, None] == key_segments[:, None, :]
-    if causal:
-        visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), key.shape[1] - query.shape[1])
-    keys = (jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1), visible[:, None, None, None])
-    output, logsumexp = softmax_attention(_group_heads(query[:, None], key.shape[2]), (keys,))
-    logsumexp = jnp.moveaxis(logsumexp.reshape(len(query), -1, query.shape[1]), 1, 2)
-    return _join_heads(output)[:, 0], logsumexp
-
-
 def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> Callable:
     """`run` on every device's own rows and heads: a Pallas kernel that the compiler could not partition by itself."""
     batch, tensor = placement.spec((rows, key_heads), "prompts", "key_heads")
@@ -148,114 +171,3 @@ def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> C
         )(query, key, value, segments)
 
     return local
-
-
-def shared_prefix_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array],
-) -> jax.Array:
-    """Softmax attention of G suffixes over one prefix and over themselves, with nothing copied G times.
-
-    Shapes (B prompts, G rollouts, S queries, T own keys, P prefix keys, H heads, K key heads, D head width):
-      query [B, G, S, H, D]; key, value [B, G, T, K, D]; mask bool [B, G, S, T] (True: visible)
-      prefix: key, value [B, P, K, D] and mask bool [B, P]; every suffix query sees every real prefix token.
-    Returns [B, G, S, H, D] in the query's dtype. One softmax runs over both key sets, in float32 or wider, so gradients
-    reach the prefix from every rollout and equal those of G separate sequences.
-    """
-    prefix_key, prefix_value, prefix_mask = prefix
-    own = (_head_major(key), _head_major(value), mask[:, None, :, None])
-    shared = (jnp.moveaxis(prefix_key, 2, 1), jnp.moveaxis(prefix_value, 2, 1), prefix_mask[:, None, None, None, None])
-    return _join_heads(softmax_attention(_group_heads(query, key.shape[3]), (own, shared))[0])
-
-
-def _head_major(part: jax.Array) -> jax.Array:
-    """[B, G, T, K, D] -> [B, K, G, T, D]."""
-    return jnp.moveaxis(part, 3, 1)
-
-
-def _group_heads(query: jax.Array, key_heads: int) -> jax.Array:
-    """[B, G, S, H, D] -> [B, K, G, R, S, D]: R query heads for each of K key heads."""
-    *lead, heads, width = query.shape
-    return jnp.moveaxis(query.reshape(*lead, key_heads, heads // key_heads, width), (3, 4), (1, 3))
-
-
-def _join_heads(mixed: jax.Array) -> jax.Array:
-    """Undoes `_group_heads`."""
-    return jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(
-        *mixed.shape[:1], mixed.shape[2], mixed.shape[4], -1, mixed.shape[5]
-    )
-
-
-KeySet = tuple[jax.Array, jax.Array, jax.Array]
-
-
-@jax.custom_vjp
-def softmax_attention(query: jax.Array, key_sets: tuple[KeySet, ...]) -> tuple[jax.Array, jax.Array]:
-    """One softmax over several sets of keys, in float32 or wider, with heads before slots: every product is a batched
-    matmul of its operands as they lie.
-
-    Shapes (B prompts, K key heads, G rollouts, R query heads a key head, S queries, T keys, D head width):
-      query [B, K, G, R, S, D]
-      key_sets: key and value [B, K, G, T, D], a rollout's own, or [B, K, T, D], shared by all; mask bool that
-      broadcasts to [B, K, G, R, S, T] (True: visible)
-    Returns the output [B, K, G, R, S, D] in the query's dtype and the log-sum-exp [B, K, G, R, S], float32 or wider.
-    Weights stay unnormalised until they have mixed the values. The backward pass computes the scores again from the
-    log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithm 2, in one block) instead of keeping them.
-    """
-    return _softmax_forward(query, key_sets)[0]
-
-
-def _softmax_forward(query: jax.Array, key_sets: tuple[KeySet, ...]):
-    scores = [_scores(query, key, mask) for key, _, mask in key_sets]
-    top = jnp.stack([part.max(-1) for part in scores]).max(0)[..., None]
-    weights = [jnp.exp(part - top) for part in scores]
-    total = sum(part.sum(-1, keepdims=True) for part in weights)
-    mixed = sum(
-        jnp.einsum(
-            f"bkgrst,{_axes(value)}->bkgrsd", part.astype(value.dtype), value, preferred_element_type=total.dtype
-        )
-        for part, (_, value, _) in zip(weights, key_sets, strict=True)
-    )
-    output, logsumexp = (mixed / total).astype(query.dtype), (top + jnp.log(total))[..., 0]
-    return (output, logsumexp), (query, key_sets, output, logsumexp)
-
-
-def _softmax_backward(kept, gradients):
-    query, key_sets, output, logsumexp = kept
-    into_output, into_logsumexp = gradients
-    wide = logsumexp.dtype
-    offset = into_logsumexp - jnp.sum(into_output.astype(wide) * output.astype(wide), -1)
-    into_query, into_sets = 0.0, []
-    for key, value, mask in key_sets:
-        axes = _axes(key)
-        weights = jnp.exp(_scores(query, key, mask) - logsumexp[..., None])
-        into_weights = jnp.einsum(f"bkgrsd,{axes}->bkgrst", into_output, value, preferred_element_type=wide)
-        into_scores = (weights * (into_weights + offset[..., None])).astype(query.dtype)
-        into_query += jnp.einsum(f"bkgrst,{axes}->bkgrsd", into_scores, key, preferred_element_type=wide)
-        # The narrow factor first: a product's first factor and its result are transposed here, the second one is not.
-        sum_queries = partial(jnp.einsum, f"bkgrsd,bkgrst->{axes[:-2]}dt", preferred_element_type=wide)
-        into_key = sum_queries(query, into_scores).mT * _scale(query)
-        into_value = sum_queries(into_output, weights.astype(query.dtype)).mT
-        into_sets.append((into_key.astype(key.dtype), into_value.astype(value.dtype), None))
-    return (into_query * _scale(query)).astype(query.dtype), tuple(into_sets)
-
-
-softmax_attention.defvjp(_softmax_forward, _softmax_backward)
-
-
-def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, K, G, R, S, T], float32 or wider."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum(f"bkgrsd,{_axes(key)}->bkgrst", query * _scale(query), key, preferred_element_type=wide)
-    return jnp.where(mask, scores, MASKED)
-
-
-def _scale(query: jax.Array) -> float:
-    return query.shape[-1] ** -0.5
-
-
-def _axes(key: jax.Array) -> str:
-    return "bkgtd" if key.ndim == 5 else "bktd"

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from revseg_jax.policy.attention_plain import KEPT
+
 LANES = 128  # splash works in blocks of this many slots
 LONG = 512  # slots above which rows are padded to larger blocks
 
@@ -48,6 +50,7 @@ def splash_attention(
             head_shards=1,
             q_seq_shards=1,
             save_residuals=with_logsumexp,
+            residual_checkpoint_name=KEPT,
             interpret=interpret,
         )
 
@@ -98,6 +101,7 @@ def splash_suffix_attention(
         block_sizes=_blocks(math.gcd(own, shared), fused=False),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     # Padding is segment 0. Its queries see at least themselves, so that no row of weights is empty.

@@ -12,7 +12,7 @@ from revseg_jax.parallel.sharding import Placement, constrain
 from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.preprocess import patchify
-from revseg_jax.policy.text import Decoder, PrefixCache
+from revseg_jax.policy.text import Decoder, Prefix
 from revseg_jax.policy.vision import VisionTower
 
 
@@ -68,14 +68,14 @@ class Policy(nnx.Module):
         placed = jax.vmap(lambda feature, index: feature[index])(rows, order.reshape(len(rows), -1)).reshape(x.shape)
         return jnp.where(visual[..., None], placed, x)
 
-    def prefill(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array) -> PrefixCache:
+    def prefill(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array) -> Prefix:
         """Keys and values of the shared prefixes.
 
         tokens int32 [B, P] with padding where mask bool [B, P] is False; positions int32 [3, B, P];
         features [B, V, hidden] of the video.
         """
         hidden, keys, values = self.prefix_forward(tokens, positions, mask, features)
-        return PrefixCache(keys, values, mask)
+        return Prefix(keys, values, mask)
 
     def prefix_forward(
         self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array | None
@@ -85,7 +85,7 @@ class Policy(nnx.Module):
 
     def suffix_hidden(
         self,
-        prefix: PrefixCache,
+        prefix: Prefix,
         tokens: jax.Array,
         positions: jax.Array,
         mask: jax.Array,

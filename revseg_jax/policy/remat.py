@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 import jax
 
+from revseg_jax.policy.attention_plain import KEPT
+
+_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": _products,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _products, jax.checkpoint_policies.save_only_these_names(KEPT)
+    ),
 }
 """From the least memory to the most. Kept are a layer's input alone; its products with weights too, so that only
-attention and element-wise work is done twice; every matrix product, the attention scores included."""
+attention and element-wise work is done twice; attention's result too, so that only element-wise work is."""
 
 
 def rematerialised(layer: Callable, name: str) -> Callable:

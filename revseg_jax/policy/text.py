@@ -10,14 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revseg_jax.parallel.sharding import constrain
-from revseg_jax.policy.attention import AttentionChoice, attention, shared_prefix_attention, suffix_attention
+from revseg_jax.policy.attention import AttentionChoice, attention, suffix_attention
+from revseg_jax.policy.attention_plain import head_major_attention
 from revseg_jax.policy.config import TextConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
 from revseg_jax.policy.remat import rematerialised
 from revseg_jax.policy.rope import decoder_rotation, rotate
 
 
-class PrefixCache(NamedTuple):
+class Prefix(NamedTuple):
     """Keys and values of the prefix tokens, one per prompt and shared by its G rollouts.
 
     Attributes:
@@ -29,12 +30,30 @@ class PrefixCache(NamedTuple):
     value: jax.Array
     mask: jax.Array
 
+    def cache(self) -> PrefixCache:
+        return PrefixCache(jnp.moveaxis(self.key, 2, -1), jnp.moveaxis(self.value, 2, -2), self.mask)
 
-class SuffixCache(NamedTuple):
-    """Keys and values of the suffix slots filled so far.
+
+class PrefixCache(NamedTuple):
+    """A prefix as decoding reads it, laid out once: every step multiplies these matrices as they lie.
 
     Attributes:
-      key, value: [layers, B, G, S, key_heads, head_dim]
+      key: [layers, B, key_heads, head_dim, P]
+      value: [layers, B, key_heads, P, head_dim]
+      mask: bool [B, P], False for padding
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+
+
+class SuffixCache(NamedTuple):
+    """Keys and values of the suffix slots filled so far, laid out as a prefix's.
+
+    Attributes:
+      key: [layers, B, key_heads, G, head_dim, S]
+      value: [layers, B, key_heads, G, S, head_dim]
       mask: bool [B, G, S], True where the slot holds a real token
     """
 
@@ -109,7 +128,7 @@ class Decoder(nnx.Module):
         return hidden[:, 0], keys[:, :, 0], values[:, :, 0]
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: PrefixCache, remat: str = "none"
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: Prefix, remat: str = "none"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs whole suffixes at once.
 
@@ -166,12 +185,11 @@ class Decoder(nnx.Module):
             index, state, prefix_key, prefix_value = inputs
             module = nnx.merge(graphdef, state)
             query, key, value = module.project(x, cos, sin)
-            start = (index, 0, 0, slot, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
-            values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
-            mixed = shared_prefix_attention(
-                query, keys[index], values[index], mask, (prefix_key, prefix_value, prefix.mask)
-            )
+            key, value = jnp.transpose(key, (0, 3, 1, 4, 2)), jnp.transpose(value, (0, 3, 1, 2, 4))
+            keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), (index, 0, 0, 0, 0, slot))
+            values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), (index, 0, 0, 0, slot, 0))
+            own, shared = (keys[index].mT, values[index], mask), (prefix_key.mT, prefix_value, prefix.mask)
+            mixed = head_major_attention(query, own, shared)
             return (module.finish(x, mixed), keys, values), None
 
         indices = jnp.arange(self.config.num_layers)
@@ -181,5 +199,6 @@ class Decoder(nnx.Module):
 
 
 def empty_suffix_cache(config: TextConfig, prompts: int, groups: int, slots: int, dtype: jnp.dtype) -> SuffixCache:
-    shape = (config.num_layers, prompts, groups, slots, config.num_kv_heads, config.head_dim)
-    return SuffixCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((prompts, groups, slots), bool))
+    lead = (config.num_layers, prompts, config.num_kv_heads, groups)
+    key, value = (*lead, config.head_dim, slots), (*lead, slots, config.head_dim)
+    return SuffixCache(jnp.zeros(key, dtype), jnp.zeros(value, dtype), jnp.zeros((prompts, groups, slots), bool))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from revseg_jax.parallel.sharding import constrain
-from revseg_jax.policy.attention import AttentionChoice, attention
+from revseg_jax.policy.attention import AttentionChoice, attention, windowed_attention
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
 from revseg_jax.policy.remat import rematerialised
@@ -143,23 +143,17 @@ class VisionTower(nnx.Module):
         """x [rows, windows * slots, width]; cos, sin [rows or 1, windows * slots, head_dim]; segments int32 [rows or 1,
         windows, slots]. Returns the same shape as x."""
         windows = segments.shape[1]
+        segments = jnp.broadcast_to(segments, (len(x), *segments.shape[1:]))
         graphdef, stacked = nnx.split(self.blocks)
         is_full = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
-
-        def within(sets: int, *parts: jax.Array) -> jax.Array:
-            """Attention inside the segments of each of the `sets` equal parts of a row."""
-            query, key, value = (part.reshape(len(x) * sets, -1, *part.shape[2:]) for part in parts)
-            folded = jnp.asarray(segments).reshape(len(segments), sets, -1)
-            folded = jnp.broadcast_to(folded, (len(x), *folded.shape[1:])).reshape(query.shape[:2])
-            return attention(query, key, value, folded, choice=self.attention)[0].reshape(parts[0].shape)
 
         def block(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             state, full = layer
 
             def attend(*parts: jax.Array) -> jax.Array:
                 if windows == 1:
-                    return within(1, *parts)
-                return jax.lax.cond(full, partial(within, 1), partial(within, windows), *parts)
+                    return attention(*parts, segments[:, 0], choice=self.attention)[0]
+                return windowed_attention(*parts, segments, full, self.attention)
 
             x = constrain(self.attention.placement, x, "prompts")
             return nnx.merge(graphdef, state)(x, cos, sin, attend), None

@@ -9,12 +9,12 @@ from flax import nnx
 
 from revseg_jax.data.synthetic import COLOURS
 from revseg_jax.data.synthetic.queries import TEMPLATES
-from revseg_jax.policy.attention import shared_prefix_attention
+from revseg_jax.policy.attention_plain import shared_prefix_attention
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.layers import Linear
 from revseg_jax.policy.model import Policy, chunked_logprobs
 from revseg_jax.policy.rope import decoder_rotation
-from revseg_jax.policy.text import Decoder, PrefixCache
+from revseg_jax.policy.text import Decoder, Prefix
 from revseg_jax.pretraining.examples import PATCH_CLASSES
 from revseg_jax.pretraining.history import FACTS
 from revseg_jax.pretraining.pointing import pointing_loss, shown_objects
@@ -141,7 +141,7 @@ def conversation_loss(
 
 
 def run_suffixes(
-    decoder: Decoder, x: jax.Array, positions: jax.Array, visible: jax.Array, prefix: PrefixCache
+    decoder: Decoder, x: jax.Array, positions: jax.Array, visible: jax.Array, prefix: Prefix
 ) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
     """`decoder(x, positions, visible, prefix)` with what the losses look into.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from revseg_jax.policy.attention import MASKED
+from revseg_jax.policy.attention_plain import MASKED
 
 HEAD = 0
 OBJECTS = 5  # of a clip, at most

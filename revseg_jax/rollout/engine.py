@@ -252,14 +252,13 @@ def _cast(dtype: jnp.dtype, shardings: tuple[NamedSharding, ...], arrays: list[j
 @partial(jax.jit, static_argnums=0)
 def read_prefix(graphdef, params, frames, tokens, positions, mask) -> PrefixCache:
     policy = nnx.merge(graphdef, *params)
-    cache = policy.prefill(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames))
+    cache = policy.prefill(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames)).cache()
     return cache._replace(key=_cached(policy, cache.key), value=_cached(policy, cache.value))
 
 
 def _cached(policy: Policy, array: jax.Array) -> jax.Array:
-    """Keys or values [layers, B, ..., key heads, head width] where caches live."""
-    between = [None] * (array.ndim - 4)
-    return constrain(policy.placement, array, None, "prompts", *between, "key_heads")
+    """Keys or values [layers, B, key heads, ...] where caches live."""
+    return constrain(policy.placement, array, None, "prompts", "key_heads")
 
 
 def _answer(policy: Policy, parts) -> tuple[jax.Array, ...]:

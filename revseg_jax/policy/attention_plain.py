@@ -1,0 +1,202 @@
+"""Softmax attention in plain XLA: the reference of every kernel, and what runs where there is none.
+
+What the backward pass needs of a forward pass is its output and log-sum-exp, called `KEPT` for remat policies: the
+scores are computed again from them (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+BLOCK = 512  # queries whose scores exist at a time
+MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
+KEPT = "attention"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def plain_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` in plain XLA: the reference. Long rows are read in blocks of queries: few scores exist at a time, and
+    keys that no query of a causal block sees are left out. The backward pass keeps what came in and what came out,
+    and goes through the same blocks."""
+    return _plain_forward(query, key, value, segments, causal)[0]
+
+
+def _plain_forward(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool):
+    grouped = _group_heads(query[:, None], key.shape[2])
+    keys, values = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
+    mixed = []
+    for block, seen in _blocks(query.shape[1], causal):
+        keys_seen = (keys[:, :, :seen], values[:, :, :seen], _visible(segments, block, seen, causal))
+        mixed.append(_softmax(grouped[..., block, :], (keys_seen,)))
+    output, logsumexp = zip(*mixed, strict=True)
+    output = _join_heads(jnp.concatenate(output, -2))[:, 0]
+    logsumexp = jnp.moveaxis(jnp.concatenate(logsumexp, -1).reshape(len(query), -1, query.shape[1]), 1, 2)
+    output, logsumexp = checkpoint_name((output, logsumexp), KEPT)
+    return (output, logsumexp), (query, key, value, segments, output, logsumexp)
+
+
+def plain_gradients(causal: bool, kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]):
+    """kept: query, key, value and segments as `plain_attention` took them, output and log-sum-exp as it gave them.
+    gradients: of these two. Returns those of query, key and value, and None."""
+    query, key, value, segments, output, logsumexp = kept
+    group = partial(_group_heads, key_heads=key.shape[2])
+    query, output, into_output = (group(part[:, None]) for part in (query, output, gradients[0]))
+    logsumexp, into_logsumexp = (group(part[:, None, :, :, None])[..., 0] for part in (logsumexp, gradients[1]))
+    keys, values = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
+    into_query, into_keys, into_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
+    for block, seen in _blocks(query.shape[-2], causal):
+        keys_seen = (keys[:, :, :seen], values[:, :, :seen], _visible(segments, block, seen, causal))
+        result = output[..., block, :], logsumexp[..., block]
+        into_result = into_output[..., block, :], into_logsumexp[..., block]
+        into_block, (into_seen,) = _softmax_backward((query[..., block, :], (keys_seen,), *result), into_result)
+        into_query.append(into_block)
+        into_keys = into_keys.at[:, :, :seen].add(into_seen[0])
+        into_values = into_values.at[:, :, :seen].add(into_seen[1])
+    into_query = _join_heads(jnp.concatenate(into_query, -2))[:, 0]
+    return into_query, jnp.moveaxis(into_keys, 1, 2), jnp.moveaxis(into_values, 1, 2), None
+
+
+plain_attention.defvjp(_plain_forward, plain_gradients)
+
+
+def _blocks(length: int, causal: bool) -> list[tuple[slice, int]]:
+    """The queries of each block, and how many keys, from the first, any of them may see."""
+    starts = range(0, length, BLOCK)
+    blocks = [slice(start, min(start + BLOCK, length)) for start in starts]
+    return [(block, block.stop if causal else length) for block in blocks]
+
+
+def _visible(segments: jax.Array, block: slice, seen: int, causal: bool) -> jax.Array:
+    """bool [N, 1, 1, 1, queries of the block, keys seen]."""
+    visible = segments[:, block, None] == segments[:, None, :seen]
+    if causal:
+        visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), block.start)
+    return visible[:, None, None, None]
+
+
+def shared_prefix_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+    """Softmax attention of G suffixes over one prefix and over themselves, with nothing copied G times.
+
+    Shapes (B prompts, G rollouts, S queries, T own keys, P prefix keys, H heads, K key heads, D head width):
+      query [B, G, S, H, D]; key, value [B, G, T, K, D]; mask bool [B, G, S, T] (True: visible)
+      prefix: key, value [B, P, K, D] and mask bool [B, P]; every suffix query sees every real prefix token.
+    Returns [B, G, S, H, D] in the query's dtype. One softmax runs over both key sets, in float32 or wider, so gradients
+    reach the prefix from every rollout and equal those of G separate sequences.
+    """
+    own = (jnp.moveaxis(key, 3, 1), jnp.moveaxis(value, 3, 1), mask)
+    prefix_key, prefix_value, prefix_mask = prefix
+    shared = (jnp.moveaxis(prefix_key, 2, 1), jnp.moveaxis(prefix_value, 2, 1), prefix_mask)
+    return head_major_attention(query, own, shared)
+
+
+def head_major_attention(
+    query: jax.Array,
+    own: tuple[jax.Array, jax.Array, jax.Array],
+    shared: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+    """`shared_prefix_attention` of keys and values [B, K, G, T, D] of its own and [B, K, P, D] of the prefix."""
+    own_key, own_value, mask = own
+    key, value, prefix_mask = shared
+    sets = (own_key, own_value, mask[:, None, :, None]), (key, value, prefix_mask[:, None, None, None, None])
+    return _join_heads(softmax_attention(_group_heads(query, key.shape[1]), sets)[0])
+
+
+def _group_heads(query: jax.Array, key_heads: int) -> jax.Array:
+    """[B, G, S, H, D] -> [B, K, G, R, S, D]: R query heads for each of K key heads."""
+    *lead, heads, width = query.shape
+    return jnp.moveaxis(query.reshape(*lead, key_heads, heads // key_heads, width), (3, 4), (1, 3))
+
+
+def _join_heads(mixed: jax.Array) -> jax.Array:
+    """Undoes `_group_heads`."""
+    return jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(
+        *mixed.shape[:1], mixed.shape[2], mixed.shape[4], -1, mixed.shape[5]
+    )
+
+
+KeySet = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def softmax_attention(query: jax.Array, key_sets: tuple[KeySet, ...]) -> tuple[jax.Array, jax.Array]:
+    """One softmax over several sets of keys, in float32 or wider, with heads before slots: every product is a batched
+    matmul of its operands as they lie.
+
+    Shapes (B prompts, K key heads, G rollouts, R query heads a key head, S queries, T keys, D head width):
+      query [B, K, G, R, S, D]
+      key_sets: key and value [B, K, G, T, D], a rollout's own, or [B, K, T, D], shared by all; mask bool that
+      broadcasts to [B, K, G, R, S, T] (True: visible)
+    Returns the output [B, K, G, R, S, D] in the query's dtype and the log-sum-exp [B, K, G, R, S], float32 or wider.
+    Weights stay unnormalised until they have mixed the values.
+    """
+    return _softmax_forward(query, key_sets)[0]
+
+
+def _softmax_forward(query: jax.Array, key_sets: tuple[KeySet, ...]):
+    output, logsumexp = checkpoint_name(_softmax(query, key_sets), KEPT)
+    return (output, logsumexp), (query, key_sets, output, logsumexp)
+
+
+def _softmax(query: jax.Array, key_sets: tuple[KeySet, ...]) -> tuple[jax.Array, jax.Array]:
+    scores = [_scores(query, key, mask) for key, _, mask in key_sets]
+    top = jnp.stack([part.max(-1) for part in scores]).max(0)[..., None]
+    weights = [jnp.exp(part - top) for part in scores]
+    total = sum(part.sum(-1, keepdims=True) for part in weights)
+    mixed = sum(
+        jnp.einsum(
+            f"bkgrst,{_axes(value)}->bkgrsd", part.astype(value.dtype), value, preferred_element_type=total.dtype
+        )
+        for part, (_, value, _) in zip(weights, key_sets, strict=True)
+    )
+    return (mixed / total).astype(query.dtype), (top + jnp.log(total))[..., 0]
+
+
+def _softmax_backward(kept, gradients):
+    query, key_sets, output, logsumexp = kept
+    into_output, into_logsumexp = gradients
+    wide = logsumexp.dtype
+    offset = into_logsumexp - jnp.sum(into_output.astype(wide) * output.astype(wide), -1)
+    into_query, into_sets = 0.0, []
+    for key, value, mask in key_sets:
+        axes = _axes(key)
+        weights = jnp.exp(_scores(query, key, mask) - logsumexp[..., None])
+        into_weights = jnp.einsum(f"bkgrsd,{axes}->bkgrst", into_output, value, preferred_element_type=wide)
+        into_scores = (weights * (into_weights + offset[..., None])).astype(query.dtype)
+        into_query += jnp.einsum(f"bkgrst,{axes}->bkgrsd", into_scores, key, preferred_element_type=wide)
+        # Summed over the queries, so one factor has to be turned: the narrow one. The compiler would move the
+        # transposition of the result into the product, and turn the wide one: half as fast on a CPU.
+        sum_queries = partial(jnp.einsum, f"bkgrsd,bkgrst->{axes[:-2]}dt", preferred_element_type=wide)
+        into_key = jax.lax.optimization_barrier(sum_queries(query, into_scores)).mT * _scale(query)
+        into_value = jax.lax.optimization_barrier(sum_queries(into_output, weights.astype(query.dtype))).mT
+        into_sets.append((into_key.astype(key.dtype), into_value.astype(value.dtype), None))
+    return (into_query * _scale(query)).astype(query.dtype), tuple(into_sets)
+
+
+softmax_attention.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, G, R, S, T], float32 or wider."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum(f"bkgrsd,{_axes(key)}->bkgrst", query * _scale(query), key, preferred_element_type=wide)
+    return jnp.where(mask, scores, MASKED)
+
+
+def _scale(query: jax.Array) -> float:
+    return query.shape[-1] ** -0.5
+
+
+def _axes(key: jax.Array) -> str:
+    return "bkgtd" if key.ndim == 5 else "bktd"
