@@ -8,6 +8,8 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= cpu
+# Much of a test is one thread compiling; a file stays in one process, so that its fixtures are made once.
+TWO_AT_A_TIME := -n 2 --dist loadfile
 
 .PHONY: install demo test test-all lint proto clean
 
@@ -26,10 +28,10 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 test-all: install
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m '' $(TWO_AT_A_TIME)
 
 proto: install
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. revseg_jax/tracker/tracker.proto

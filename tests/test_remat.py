@@ -46,6 +46,8 @@ def test_the_decoders_gradient_stays_and_its_memory_shrinks(policy):
         gradients.append(jax.tree.leaves(program(parameters)))
     sizes = [memory(program) for program in programs]
     assert all(after < before for before, after in zip(sizes, sizes[1:], strict=False)), sizes
+    products = [program.as_text().count(" dot(") for program in programs]
+    assert products[0] == products[1] < products[2] < products[3], products  # "dots" computes no product again
     for others in gradients[1:]:
         for ours, expected in zip(others, gradients[0], strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max() + 1e-9)
