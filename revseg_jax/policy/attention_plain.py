@@ -16,6 +16,8 @@ BLOCK = 512  # queries whose scores exist at a time
 MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
 KEPT = "attention"
 
+KeySet = tuple[jax.Array, jax.Array, jax.Array]  # key, value and mask, as `softmax_attention` takes them
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def plain_attention(
@@ -29,11 +31,8 @@ def plain_attention(
 
 def _plain_forward(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool):
     grouped = _group_heads(query[:, None], key.shape[2])
-    keys, values = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
-    mixed = []
-    for block, seen in _blocks(query.shape[1], causal):
-        keys_seen = (keys[:, :, :seen], values[:, :, :seen], _visible(segments, block, seen, causal))
-        mixed.append(_softmax(grouped[..., block, :], (keys_seen,)))
+    blocks = _blocks(key, value, segments, causal)
+    mixed = [_softmax(grouped[..., block, :], (keys_seen,)) for block, keys_seen in blocks]
     output, logsumexp = zip(*mixed, strict=True)
     output = _join_heads(jnp.concatenate(output, -2))[:, 0]
     logsumexp = jnp.moveaxis(jnp.concatenate(logsumexp, -1).reshape(len(query), -1, query.shape[1]), 1, 2)
@@ -48,10 +47,9 @@ def plain_gradients(causal: bool, kept: tuple[jax.Array, ...], gradients: tuple[
     group = partial(_group_heads, key_heads=key.shape[2])
     query, output, into_output = (group(part[:, None]) for part in (query, output, gradients[0]))
     logsumexp, into_logsumexp = (group(part[:, None, :, :, None])[..., 0] for part in (logsumexp, gradients[1]))
-    keys, values = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
-    into_query, into_keys, into_values = [], jnp.zeros_like(keys), jnp.zeros_like(values)
-    for block, seen in _blocks(query.shape[-2], causal):
-        keys_seen = (keys[:, :, :seen], values[:, :, :seen], _visible(segments, block, seen, causal))
+    into_query, into_keys, into_values = [], *(jnp.zeros_like(jnp.moveaxis(part, 2, 1)) for part in (key, value))
+    for block, keys_seen in _blocks(key, value, segments, causal):
+        seen = keys_seen[0].shape[2]
         result = output[..., block, :], logsumexp[..., block]
         into_result = into_output[..., block, :], into_logsumexp[..., block]
         into_block, (into_seen,) = _softmax_backward((query[..., block, :], (keys_seen,), *result), into_result)
@@ -65,19 +63,19 @@ def plain_gradients(causal: bool, kept: tuple[jax.Array, ...], gradients: tuple[
 plain_attention.defvjp(_plain_forward, plain_gradients)
 
 
-def _blocks(length: int, causal: bool) -> list[tuple[slice, int]]:
-    """The queries of each block, and how many keys, from the first, any of them may see."""
-    starts = range(0, length, BLOCK)
-    blocks = [slice(start, min(start + BLOCK, length)) for start in starts]
-    return [(block, block.stop if causal else length) for block in blocks]
-
-
-def _visible(segments: jax.Array, block: slice, seen: int, causal: bool) -> jax.Array:
-    """bool [N, 1, 1, 1, queries of the block, keys seen]."""
-    visible = segments[:, block, None] == segments[:, None, :seen]
-    if causal:
-        visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), block.start)
-    return visible[:, None, None, None]
+def _blocks(key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool) -> list[tuple[slice, KeySet]]:
+    """The queries of each block, and of the keys, from the first, those that any of them may see: a set of
+    `softmax_attention`."""
+    keys, values, length = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1), key.shape[1]
+    blocks = []
+    for start in range(0, length, BLOCK):
+        block = slice(start, min(start + BLOCK, length))
+        seen = block.stop if causal else length
+        visible = segments[:, block, None] == segments[:, None, :seen]
+        if causal:
+            visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), start)
+        blocks.append((block, (keys[:, :, :seen], values[:, :, :seen], visible[:, None, None, None])))
+    return blocks
 
 
 def shared_prefix_attention(
@@ -124,9 +122,6 @@ def _join_heads(mixed: jax.Array) -> jax.Array:
     return jnp.moveaxis(mixed, (1, 3), (3, 4)).reshape(
         *mixed.shape[:1], mixed.shape[2], mixed.shape[4], -1, mixed.shape[5]
     )
-
-
-KeySet = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @jax.custom_vjp
