@@ -103,6 +103,14 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._fail(404)
                 resource = self.store.put(f"{to}/{new}", self.store.objects[f"{bucket}/{name}"])
             return self._answer({"done": True, "resource": resource} if "rewriteTo" in path else resource)
+        moved = re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path)
+        if moved:
+            bucket, name, new = map(unquote, moved.groups())
+            with self.store.lock:
+                if f"{bucket}/{name}" not in self.store.objects:
+                    return self._fail(404)
+                resource = self.store.put(f"{bucket}/{new}", self.store.objects.pop(f"{bucket}/{name}"))
+            return self._answer(resource)
         bucket = unquote(re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", path)[1])
         kind = query["uploadType"][0]
         if kind == "media":
