@@ -95,22 +95,17 @@ class _Handler(BaseHTTPRequestHandler):
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         if path == "/batch/storage/v1":
             return self._batch(body)
-        copied = re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)", path)
+        object_path = r"/storage/v1/b/([^/]+)/o/([^/]+)"
+        copied = re.fullmatch(object_path + r"/(?:(rewriteTo|copyTo)/b/([^/]+)|(moveTo))/o/([^/]+)", path)
         if copied:
-            bucket, name, to, new = map(unquote, copied.groups())
+            bucket, name, copy, to, move, new = (part and unquote(part) for part in copied.groups())
             with self.store.lock:
                 if f"{bucket}/{name}" not in self.store.objects:
                     return self._fail(404)
-                resource = self.store.put(f"{to}/{new}", self.store.objects[f"{bucket}/{name}"])
-            return self._answer({"done": True, "resource": resource} if "rewriteTo" in path else resource)
-        moved = re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path)
-        if moved:
-            bucket, name, new = map(unquote, moved.groups())
-            with self.store.lock:
-                if f"{bucket}/{name}" not in self.store.objects:
-                    return self._fail(404)
-                resource = self.store.put(f"{bucket}/{new}", self.store.objects.pop(f"{bucket}/{name}"))
-            return self._answer(resource)
+                resource = self.store.put(f"{to or bucket}/{new}", self.store.objects[f"{bucket}/{name}"])
+                if move:
+                    del self.store.objects[f"{bucket}/{name}"]
+            return self._answer({"done": True, "resource": resource} if copy == "rewriteTo" else resource)
         bucket = unquote(re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", path)[1])
         kind = query["uploadType"][0]
         if kind == "media":

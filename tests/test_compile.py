@@ -22,6 +22,7 @@ from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.policy.config import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("optimised")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
 
 
@@ -202,7 +203,7 @@ def test_a_program_that_is_too_large_names_its_largest_buffers():
 
 def compile_command(*arguments):
     command = [sys.executable, "-m", "revseg_jax.cli", "compile", *arguments, "--json"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 

@@ -6,6 +6,7 @@ from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.pretraining.choices import biggest_accuracy, naming_accuracy
 from revseg_jax.pretraining.examples import ExampleMaker
 
+pytestmark = pytest.mark.usefixtures("optimised")
 CLIPS = 60
 
 

@@ -13,6 +13,7 @@ from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.policy.remat import POLICIES
 
+pytestmark = pytest.mark.usefixtures("optimised")
 NAMES = ["none", *reversed(POLICIES)]  # from the most memory to the least
 
 
