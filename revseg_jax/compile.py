@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from revseg_jax.compilation.hlo import parse
+from revseg_jax.compilation.hlo import largest_arrays, parse
 from revseg_jax.compilation.programs import PROGRAMS, StepPrograms, make_programs
 from revseg_jax.compilation.roofline import Estimate, Pod, estimate, make_pod
 from revseg_jax.config import Config
@@ -81,15 +81,17 @@ def compile_program(programs: StepPrograms, name: str, pod: Pod) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise RunFailure(f"{pod.name}: the program {name} does not fit: {too_large(str(error))}") from None
+        said = too_large(str(error), lowered.as_text("hlo"))
+        raise RunFailure(f"{pod.name}: the program {name} does not fit: {said}") from None
     seconds = time.perf_counter() - begin
     program, limit = parse(compiled.as_text()), programs.loop_limit(name)
     cost = estimate(program.work(limit), pod, programs.kernel_flops)
     return Compiled(cost, compiled.memory_analysis().temp_size_in_bytes, seconds, (program.open_loops, limit))
 
 
-def too_large(text: str) -> str:
-    """One line of XLA's account of a program that exceeds the memory: how much, and the largest buffers."""
+def too_large(text: str, program: str) -> str:
+    """One line of XLA's account of a program that exceeds the memory: how much, and the largest buffers. Where it names
+    none, those of `program`, the HLO that XLA was given, whose arrays are not spread over the chips yet."""
     used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
     parts = re.split(r"\n\s+\d+\. Size: ", text)[1 : NAMED + 1]
     named = []
@@ -97,8 +99,10 @@ def too_large(text: str) -> str:
         source, shape = (re.search(pattern, part) for pattern in (r'op_name="([^"]*)"', r"Shape: ([^{\s]+)"))
         what = source[1].rpartition("/")[2] if source else "argument"
         named.append(f"{part.split()[0]} {shape[1] if shape else ''} {what}".replace("  ", " "))
-    whole = f"{used[1]} of {used[2]} HBM; " if used else ""
-    return whole + ("the largest buffers: " + ", ".join(named) if named else text.splitlines()[0])
+    if named:
+        return (f"{used[1]} of {used[2]} HBM; " if used else "") + f"the largest buffers: {', '.join(named)}"
+    arrays = [f"{size / GIB:.2f} GiB {array}" for array, size in largest_arrays(program, NAMED)]
+    return f"{text.splitlines()[0]} The largest arrays, over all chips: {', '.join(arrays)}"
 
 
 def summary(programs: StepPrograms, pod: Pod, compiled: dict[str, Compiled]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,8 +197,12 @@ XLA_SAYS = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of me
 
 
 def test_a_program_that_is_too_large_names_its_largest_buffers():
-    said = too_large(XLA_SAYS)
+    said = too_large(XLA_SAYS, POD_PROGRAM)
     assert said.startswith("24.34G of 15.75G HBM; the largest buffers: 4.00G f32[32768,32768] dot_general, 1.09G bf16[")
+    assert "\n" not in said
+    only_total = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, (34.60G) exceeds available HBM (15.75G).\nMore."
+    said = too_large(only_total, POD_PROGRAM)
+    assert "(34.60G) exceeds" in said and "largest arrays, over all chips: 0.01 GiB bf16[28,512,256], 0.00" in said
     assert "\n" not in said
 
 
@@ -252,11 +257,14 @@ def test_the_update_of_the_3b_compiles_for_a_pod():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_what_does_not_fit_is_named_with_its_size():
-    options = ("rollout.prompts_per_step=4096", "rollout.prompts_per_batch=4096")
+@pytest.mark.parametrize("prompts", [12288, 32768])  # with what stays in memory during a step; by the program alone
+def test_what_does_not_fit_is_named_with_its_size(prompts):
+    options = (f"rollout.prompts_per_step={prompts}", f"rollout.prompts_per_batch={prompts}")
     done = compile_command(*TINY, "--programs", "decode", *options)
     assert done.returncode == 1
-    assert "decode" in done.stderr and "largest" in done.stderr and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("revseg: error: v5e:2x2: ") and "decode" in said and "largest" in said
+    assert re.search(r"\d+\.\d\d GiB", said) and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,16 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
+def largest_arrays(text: str, count: int) -> list[tuple[str, int]]:
+    """The largest arrays that a program's text mentions, like ("f32[8,128]", 4096), each once."""
+    sizes = {
+        f"{dtype}[{shape}]": BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+        for dtype, shape, _ in _ARRAY.findall(text)
+        if dtype in BYTES
+    }
+    return sorted(sizes.items(), key=lambda pair: -pair[1])[:count]
+
+
 def _instruction(line: str) -> Instruction:
     start = _INSTRUCTION.match(line)
     rest = line[start.end() :]

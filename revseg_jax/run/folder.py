@@ -113,7 +113,8 @@ class RunFolder:
             if path.exists():
                 records = [(line, _record(line)) for line in path.read_text().splitlines()]
                 kept = [line for line, record in records if record and ("label" in record or record["step"] <= step)]
-                _write_whole(path, "".join(f"{line}\n" for line in kept))
+                if len(kept) < len(records):
+                    _write_whole(path, "".join(f"{line}\n" for line in kept))
         for path in (self.path / "traces").glob("*_*.jsonl"):
             number = path.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > step:
