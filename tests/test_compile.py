@@ -208,7 +208,12 @@ def test_a_program_that_is_too_large_names_its_largest_buffers():
 
 def compile_command(*arguments):
     command = [sys.executable, "-m", "revseg_jax.cli", "compile", *arguments, "--json"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    # The compiler's least effort takes half the time; no test asks how good its schedule is.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
+        "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
+    }
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
