@@ -97,7 +97,7 @@ def assert_same_training(folder, alone):
     for a, b in zip(lines(folder / "metrics.jsonl")[:STEPS], lines(alone / "metrics.jsonl"), strict=True):
         # The largest gap between sampler and trainer is itself rounding, so each has the bound of any run, and no run
         # has another's.
-        assert a["rollout/logprob_gap"] < 1e-4
+        assert max(a["rollout/logprob_gap"], b["rollout/logprob_gap"]) < 1e-4
         for name in b.keys() - {"rollout/logprob_gap", "reward/wait_fraction"}:
             if name.startswith(("learner/", "reward/", "rollout/")):
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name

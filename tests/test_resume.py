@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.rollout.loading import load_engine
+from revseg_jax.run.folder import RunFolder
 from revseg_jax.run.interruption import Interrupted, heed_sigterm
 from revseg_jax.run.manifest import policy_fingerprint
 
@@ -132,6 +134,18 @@ def test_without_any_sound_checkpoint_the_run_stops_in_one_line(straight, clips,
             os.truncate(path, 0)
     with pytest.raises(RunFailure, match="no checkpoint"):
         run(clips, folder, 5)
+
+
+def test_logs_are_mended_at_a_start_and_else_left_alone(tmp_path):
+    config = load_config(CONFIG, [f"run.dir={tmp_path}"])
+    log = tmp_path / "evaluation.jsonl"
+    labelled = '{"step": 3, "label": "by hand", "jf": 0.5}'
+    log.write_text(f'{labelled}\n{{"step": 1, "jf": 0.1}}\n{labelled}')  # a step to come; the last end is missing
+    seen = []
+    for _ in range(2):
+        with closing(RunFolder(config, ["data"], tmp_path)):
+            seen.append((log.read_text(), log.stat().st_mtime_ns))
+    assert seen[0][0] == f"{labelled}\n{labelled}\n" and seen[0] == seen[1]
 
 
 def test_verify_repeats_the_first_steps_and_names_the_first_difference(straight, tmp_path, capsys):

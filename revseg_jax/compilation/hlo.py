@@ -295,12 +295,15 @@ def parse(text: str) -> Program:
 
 def largest_arrays(text: str, count: int) -> list[tuple[str, int]]:
     """The largest arrays that a program's text mentions, like ("f32[8,128]", 4096), each once."""
-    sizes = {
-        f"{dtype}[{shape}]": BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
-        for dtype, shape, _ in _ARRAY.findall(text)
-        if dtype in BYTES
-    }
+    sizes = {f"{array.dtype}[{','.join(map(str, array.shape))}]": array.bytes for array in _arrays(text)}
     return sorted(sizes.items(), key=lambda pair: -pair[1])[:count]
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(dtype, tuple(map(int, sizes.split(","))) if sizes else (), "S(" not in layout)
+        for dtype, sizes, layout in _ARRAY.findall(text)
+    )
 
 
 def _instruction(line: str) -> Instruction:
@@ -312,11 +315,7 @@ def _instruction(line: str) -> Instruction:
     closing = _closing(rest, opening)
     opcode, inside = rest[:opening], rest[opening + 1 : closing]
     operands = (inside,) if opcode in ("parameter", "constant") else tuple(_NAME.findall(inside))
-    arrays = tuple(
-        Array(dtype, tuple(map(int, sizes.split(","))) if sizes else (), "S(" not in layout)
-        for dtype, sizes, layout in _ARRAY.findall(shape)
-    )
-    return Instruction(start[2], opcode, arrays, operands, rest[closing + 1 :], bool(start[1]))
+    return Instruction(start[2], opcode, _arrays(shape), operands, rest[closing + 1 :], bool(start[1]))
 
 
 def _closing(text: str, opening: int) -> int:

@@ -111,10 +111,12 @@ class RunFolder:
         for name in ("metrics.jsonl", "digests.jsonl", "evaluation.jsonl"):
             path = self.path / name
             if path.exists():
-                records = [(line, _record(line)) for line in path.read_text().splitlines()]
+                text = path.read_text()
+                records = [(line, _record(line)) for line in text.splitlines()]
                 kept = [line for line, record in records if record and ("label" in record or record["step"] <= step)]
-                if len(kept) < len(records):
-                    _write_whole(path, "".join(f"{line}\n" for line in kept))
+                whole = "".join(f"{line}\n" for line in kept)
+                if whole != text:  # a last line may also lack its end
+                    _write_whole(path, whole)
         for path in (self.path / "traces").glob("*_*.jsonl"):
             number = path.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > step:
