@@ -32,6 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from revseg_jax.data.frames import resize_square
+from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.embedded_tokenizer import write_preprocessor
 from revseg_jax.policy.hf_weights import published_name, to_stored, weights_of
@@ -170,7 +171,10 @@ def test_shared_prefix_equals_separate_sequences(pair):
             np.testing.assert_allclose(logits[prompt, group][real], expected, atol=2e-4)
 
 
-def test_decoding_token_by_token_equals_the_whole_forward(first_pair):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_decoding_token_by_token_equals_the_whole_forward(first_pair, platform, monkeypatch):
+    """On a CPU layers are run one after the other, elsewhere a loop runs over them; both are tried here."""
+    monkeypatch.setattr(AttentionChoice, "platform", platform)
     _, policy = first_pair
     arrays = rollout_batch(policy, np.random.default_rng(3)).arrays
     whole = quick_jit(shared_prefix_hidden)(policy, arrays)
@@ -183,7 +187,7 @@ def test_decoding_token_by_token_equals_the_whole_forward(first_pair):
 
     @quick_jit
     def step(policy, x, positions, real, slot, cache):
-        return policy.text.extend(x, positions, real, slot, prefix, cache)
+        return policy.text.extend(x, positions, real, slot, policy.text.layer_inputs(prefix), prefix.mask, cache)
 
     for slot in range(slots):
         here = slice(slot, slot + 1)
@@ -224,7 +228,9 @@ def test_greedy_decoding_equals_generate(first_pair):
     def step(policy, token, position, slot, cache):
         x = policy.embed(token.reshape(1, 1, 1))
         real = jnp.ones((1, 1, 1), bool)
-        hidden, cache = policy.text.extend(x, jnp.full((3, 1, 1, 1), position), real, slot, prefix, cache)
+        hidden, cache = policy.text.extend(
+            x, jnp.full((3, 1, 1, 1), position), real, slot, policy.text.layer_inputs(prefix), prefix.mask, cache
+        )
         return jnp.argmax(policy.text.logits(hidden)[0, 0, 0, :TEXT_TOKENS]), cache
 
     ours = [int(jnp.argmax(policy.text.logits(hidden[0, -1])[:TEXT_TOKENS]))]

@@ -34,17 +34,20 @@ class AttentionChoice:
         if self.implementation not in ("auto", *IMPLEMENTATIONS):
             raise InputError(f"attention={self.implementation} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
 
+    @property
+    def platform(self) -> str:
+        """ "cpu", "gpu" or "tpu"."""
+        return self.placement.mesh.devices.flat[0].platform if self.placement is not None else jax.default_backend()
+
     def resolve(self, dtype: jnp.dtype, length: int, width: int) -> str:
         """ "xla" unless a kernel is known to take it. Windows of a few slots are batched matmuls, best left to XLA."""
         if self.implementation != "auto":
             return self.implementation
-        placement = self.placement
-        platform = placement.mesh.devices.flat[0].platform if placement is not None else jax.default_backend()
         if length < SHORT:
             return "xla"
-        if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
+        if self.platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
             return "cudnn" if length % 2 == 0 else "xla"  # no gradient for odd lengths
-        if platform == "tpu" and (placement is not None or jax.device_count() == 1):
+        if self.platform == "tpu" and (self.placement is not None or jax.device_count() == 1):
             return "splash"
         return "xla"
 

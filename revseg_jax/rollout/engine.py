@@ -281,7 +281,8 @@ def read_turn2(
     """Reads the turn-2 prompts, all but their last token, into the suffix cache from `slot` on."""
     policy = nnx.merge(graphdef, *params)
     x = policy.embed(tokens, encode_keyframes(policy, keyframes, keyframe_index))
-    return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, prefix, cache)[1]
+    inputs = policy.text.layer_inputs(prefix)
+    return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, inputs, prefix.mask, cache)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)

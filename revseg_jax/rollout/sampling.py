@@ -106,11 +106,13 @@ def decode_answer(
     with the whole answer in it, its end token included.
     """
 
+    inputs = policy.text.layer_inputs(prefix)
+
     def step(state):
         index, token, real, tokens, logprobs, reals, cache = state
         x = policy.embed(token[..., None])
         positions = jnp.broadcast_to(position + index, (3, *position.shape))[..., None]
-        hidden, cache = policy.text.extend(x, positions, real[..., None], slot + index, prefix, cache)
+        hidden, cache = policy.text.extend(x, positions, real[..., None], slot + index, inputs, prefix.mask, cache)
         step_keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, data=slot + index)))(keys)
         following, logprob = draw(policy.text.logits(hidden[:, :, 0]), step_keys, config)
         emitted = real & ((index == 0) | (token != config.end_token))

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from revseg_jax.errors import InputError
 
 
@@ -23,7 +21,7 @@ class MetricsWriter:
         Raises InputError when a project is given and the wandb package is not installed.
         """
         self._folder = folder
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: Any = None
         self._wandb = _wandb_run(folder, project, settings) if project else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -38,6 +36,8 @@ class MetricsWriter:
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """To TensorBoard and Weights & Biases only."""
         if self._tensorboard is None:
+            from tensorboardX import SummaryWriter  # imports torch, which takes seconds
+
             self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
