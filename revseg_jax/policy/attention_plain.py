@@ -150,9 +150,7 @@ def _softmax(query: jax.Array, key_sets: tuple[KeySet, ...]) -> tuple[jax.Array,
     weights = [jnp.exp(part - top) for part in scores]
     total = sum(part.sum(-1, keepdims=True) for part in weights)
     mixed = sum(
-        jnp.einsum(
-            f"bkgrst,{_axes(value)}->bkgrsd", part.astype(value.dtype), value, preferred_element_type=total.dtype
-        )
+        _product("...rt,...td->...rd", part.astype(value.dtype), value)
         for part, (_, value, _) in zip(weights, key_sets, strict=True)
     )
     return (mixed / total).astype(query.dtype), (top + jnp.log(total))[..., 0]
@@ -165,16 +163,16 @@ def _softmax_backward(kept, gradients):
     offset = into_logsumexp - jnp.sum(into_output.astype(wide) * output.astype(wide), -1)
     into_query, into_sets = 0.0, []
     for key, value, mask in key_sets:
-        axes = _axes(key)
         weights = jnp.exp(_scores(query, key, mask) - logsumexp[..., None])
-        into_weights = jnp.einsum(f"bkgrsd,{axes}->bkgrst", into_output, value, preferred_element_type=wide)
+        into_weights = _product("...rd,...td->...rt", into_output, value)
         into_scores = (weights * (into_weights + offset[..., None])).astype(query.dtype)
-        into_query += jnp.einsum(f"bkgrst,{axes}->bkgrsd", into_scores, key, preferred_element_type=wide)
+        into_query += _product("...rt,...td->...rd", into_scores, key)
         # Summed over the queries, so one factor has to be turned: the narrow one. The compiler would move the
         # transposition of the result into the product, and turn the wide one: half as fast on a CPU.
-        sum_queries = partial(jnp.einsum, f"bkgrsd,bkgrst->{axes[:-2]}dt", preferred_element_type=wide)
-        into_key = jax.lax.optimization_barrier(sum_queries(query, into_scores)).mT * _scale(query)
-        into_value = jax.lax.optimization_barrier(sum_queries(into_output, weights.astype(query.dtype))).mT
+        rows = partial(_rows, axes=key.ndim)
+        sum_queries = partial(jnp.einsum, "...rd,...rt->...dt", preferred_element_type=wide)
+        into_key = jax.lax.optimization_barrier(sum_queries(rows(query), rows(into_scores))).mT * _scale(query)
+        into_value = jax.lax.optimization_barrier(sum_queries(rows(into_output), rows(weights.astype(query.dtype)))).mT
         into_sets.append((into_key.astype(key.dtype), into_value.astype(value.dtype), None))
     return (into_query * _scale(query)).astype(query.dtype), tuple(into_sets)
 
@@ -184,14 +182,21 @@ softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, K, G, R, S, T], float32 or wider."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum(f"bkgrsd,{_axes(key)}->bkgrst", query * _scale(query), key, preferred_element_type=wide)
-    return jnp.where(mask, scores, MASKED)
+    return jnp.where(mask, _product("...rd,...td->...rt", query * _scale(query), key), MASKED)
+
+
+def _product(equation: str, x: jax.Array, keys: jax.Array) -> jax.Array:
+    """x [B, K, G, R, S, D or T] and keys (or values) of a set -> [B, K, G, R, S, T or D], float32 or wider."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.einsum(equation, _rows(x, keys.ndim), keys, preferred_element_type=wide)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _rows(x: jax.Array, axes: int) -> jax.Array:
+    """[B, K, G, R, S, D] -> [B, K, G * R * S, D] beside keys of 4 axes, [B, K, G, R * S, D] beside those of 5: as they
+    lie. Axes that products would keep apart, the compiler may lay out in another order, and copy them."""
+    return x.reshape(*x.shape[: axes - 2], -1, x.shape[-1])
 
 
 def _scale(query: jax.Array) -> float:
     return query.shape[-1] ** -0.5
-
-
-def _axes(key: jax.Array) -> str:
-    return "bkgtd" if key.ndim == 5 else "bktd"

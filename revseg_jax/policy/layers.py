@@ -30,7 +30,8 @@ def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """einsum(equation, x, kernel) of x [*tokens, *inputs] and kernel [*inputs, *outputs] -> [*tokens, *outputs].
 
     As JAX would differentiate it, but for the order of factors in the kernel's gradient. A product whose factors are
-    summed over their first axes has to turn one of them, the first: that had better be the narrow one.
+    summed over their first axes has to turn one of them, the first: that had better be the narrow one. The barrier is
+    for the compiler, which would put the transposition of the result into the product and turn the wide one after all.
     """
     return jnp.einsum(equation, x, kernel)
 
@@ -48,7 +49,8 @@ def _product_backward(equation: str, kept: tuple[jax.Array, jax.Array], into_y: 
     if x.size <= into_y.size:
         return into_x, over_tokens(x, into_y)
     outputs = range(into_y.ndim - len(tokens))
-    return into_x, jnp.moveaxis(over_tokens(into_y, x), outputs, [axis - len(outputs) for axis in outputs])
+    into_kernel = jax.lax.optimization_barrier(over_tokens(into_y, x))
+    return into_x, jnp.moveaxis(into_kernel, outputs, [axis - len(outputs) for axis in outputs])
 
 
 product.defvjp(_product_forward, _product_backward)

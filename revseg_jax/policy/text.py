@@ -75,13 +75,13 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(width, config.intermediate_size, use_bias=False, rngs=rngs)
 
     def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, G, S, width] -> rotated query [B, G, S, H, D], rotated key and value [B, G, S, K, D]."""
+        """x [..., S, width] -> rotated query [..., S, H, D], rotated key and value [..., S, K, D]."""
         normal = self.input_norm(x)
-        query, key = self.query("bgsd,dhk->bgshk", normal), self.key("bgsd,dhk->bgshk", normal)
-        return rotate(query, cos, sin), rotate(key, cos, sin), self.value("bgsd,dhk->bgshk", normal)
+        query, key, value = (part("...d,dhk->...hk", normal) for part in (self.query, self.key, self.value))
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        x = x + self.out("bgshk,hkd->bgsd", mixed)
+        x = x + self.out("...hk,hkd->...d", mixed)
         return x + self.mlp(self.post_norm(x))
 
 
@@ -121,11 +121,9 @@ class Decoder(nnx.Module):
         segments = mask.astype(jnp.int32)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array, _: None) -> jax.Array:
-            one_each = (part[:, 0] for part in (query, key, value))
-            return attention(*one_each, segments, causal=True, choice=self.attention)[0][:, None]
+            return attention(query, key, value, segments, causal=True, choice=self.attention)[0]
 
-        hidden, keys, values = self._run_layers(x[:, None], positions[:, :, None], attend, None, remat)
-        return hidden[:, 0], keys[:, :, 0], values[:, :, 0]
+        return self._run_layers(x, positions, attend, None, remat)
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: Prefix, remat: str = "none"
@@ -145,7 +143,8 @@ class Decoder(nnx.Module):
     def _run_layers(
         self, x: jax.Array, positions: jax.Array, attend: Callable, shared: tuple | None, remat: str
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`attend(query, key, value, its part of shared)` mixes the values; `shared` has a leading axis of layers."""
+        """x [B, P, width] or [B, G, S, width]. `attend(query, key, value, its part of shared)` mixes the values;
+        `shared` has a leading axis of layers."""
         cos, sin = decoder_rotation(self.config, positions, x.dtype)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -165,7 +164,7 @@ class Decoder(nnx.Module):
         On a CPU a step of a scan copies its part of every stack, which takes a third of the time of decoding. There
         the parts are copied here, before the loop over tokens, and come as a list.
         """
-        indices, stacked = range(self.config.num_layers), (nnx.split(self.layers)[1], prefix.key, prefix.value)
+        indices, stacked = range(self.config.num_layers), (nnx.state(self.layers), prefix.key, prefix.value)
         if self.attention.platform != "cpu":
             return jnp.array(indices), *stacked
         parts = [jax.tree.map(lambda stack, index=index: stack[index], stacked) for index in indices]
@@ -188,7 +187,7 @@ class Decoder(nnx.Module):
         [B, G, S, width] and the cache with the slots filled.
         """
         cos, sin = decoder_rotation(self.config, positions, x.dtype)
-        graphdef = nnx.split(self.layers)[0]
+        graphdef = nnx.graphdef(self.layers)
         length, slots = x.shape[2], cache.mask.shape[2]
         filled = jax.lax.dynamic_update_slice(cache.mask, real, (0, 0, slot))
         causal = jnp.arange(slots) <= slot + jnp.arange(length)[:, None]
