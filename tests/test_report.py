@@ -6,75 +6,20 @@ import base64
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from fake_run import BASE, TRAINED, metrics, rle_text, write_json, write_lines, write_run
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
+from fake_run import BASE, TRAINED, metrics, write_json, write_lines, write_run
 from pycocotools import mask as coco
+from report_page import Node, Page, filled, read
 
 from revseg_jax.data.frames import encode_frame
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.report import main, write_comparison, write_report
-from revseg_jax.report.chains import chosen, group_of, overview, pieces
-from revseg_jax.report.overlays import LONGEST_SIDE, outline_path, picture
-from revseg_jax.report.plots import curves, smooth
-from revseg_jax.report.results import temporal_verdict
+from revseg_jax.report.chains import group_of
 from revseg_jax.report.run_files import read_run
 
 ATTACK = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b onclick=alert(3)>"
-VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
-
-
-class Node:
-    def __init__(self, tag: str, attributes: dict[str, str | None]):
-        self.tag, self.attributes, self.children = tag, attributes, []
-
-    @property
-    def text(self) -> str:
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-    def all(self, tag: str | None = None, name: str | None = None) -> list[Node]:
-        """Descendants with this tag and this class."""
-        found = []
-        for child in self.children:
-            if isinstance(child, Node):
-                if tag in (None, child.tag) and (name is None or name in (child.attributes.get("class") or "").split()):
-                    found.append(child)
-                found += child.all(tag, name)
-        return found
-
-
-class Page(HTMLParser):
-    """A tree of the page; fails on elements that are not closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.root = Node("", {})
-        self.open = [self.root]
-        self.feed(text)
-        assert self.open == [self.root]
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(self.open[-1].children[-1])
-
-    def handle_startendtag(self, tag, attrs):
-        self.open[-1].children.append(Node(tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data):
-        self.open[-1].children.append(data)
-
-
-def read(folder) -> Node:
-    return Page(write_report(folder).read_text(encoding="utf-8")).root
 
 
 def records(folder, name: str) -> list[dict]:
@@ -137,12 +82,6 @@ def test_a_loss_is_called_a_loss(small):
     assert verdict in page.text  # the temporal reward of BASE is between the two
 
 
-def test_what_looks_equal_is_not_called_better():
-    record = {"temporal": 0.5754, "best_constant_keyframe": 0.5753, "reversed_temporal": 0.58}
-    verdict = "no better than the best constant keyframe. On the same clips played backwards they score 0.58, not past"
-    assert verdict in temporal_verdict({}, record)
-
-
 def test_kinds_baselines_and_reversed_clips_have_their_bars(page):
     bars = {}
     for chart in page.all("dl", "bars"):
@@ -180,32 +119,6 @@ def test_every_reward_and_every_measure_of_training_has_a_curve(page):
     phases = page.all("figure", "curve")[-3]
     assert [key.text for key in phases.all("span", "key")] == ["rollout", "reward wait", "update", "reference", "data"]
     assert "2 slow ones not drawn (compilation), the slowest 45 s" in phases.text
-
-
-def test_a_curve_shows_its_numbers():
-    """A ramp and its smooth line end where the axis says: heights in the drawing are proportional to the values."""
-    steps = [{"step": step, "reward/mask": 0.2 + 0.005 * step} for step in range(1, 121)]
-    rewards, _ = curves(steps, [{"step": 0, "jf": 10.0}, {"step": 60, "jf": float("nan")}, {"step": 120, "jf": 90.0}])
-    mask, held_out = rewards
-    drawn = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', mask.svg)
-    assert len(drawn) == 2  # raw, then smooth
-    zero, one = (float(re.search(rf'y="([\d.]+)"[^>]*>{label}<', mask.svg)[1]) for label in (r"0\.0", r"1\.0"))
-    for path, rise in zip(drawn, (0.8 - 0.205, 0.788 - 0.217), strict=True):
-        heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
-        assert (heights[0] - heights[-1]) / (zero - one) == pytest.approx(rise, abs=0.01)
-    assert mask.summary == "0.22 → 0.79"
-    assert held_out.summary == "10 → 90"
-    assert "nan" not in held_out.svg
-
-
-def test_smoothing_is_light():
-    assert smooth(np.full(30, 0.7)) == pytest.approx(np.full(30, 0.7))
-    ramp = np.arange(200.0)
-    np.testing.assert_allclose(smooth(ramp)[20:-20], ramp[20:-20], atol=0.01)
-    step = np.repeat([0.0, 1.0], 100)
-    assert smooth(step)[80] < 0.01 and smooth(step)[120] > 0.99
-    noise = np.random.default_rng(0).normal(size=200)
-    assert smooth(noise).std() < 0.4 * noise.std()
 
 
 def test_a_resumed_step_counts_once_with_its_later_record(small):
@@ -317,7 +230,7 @@ def test_masks_box_and_frames_are_those_of_the_trace(folder, page):
             for name in ("mask", "truth"):
                 drawn = svg.all("path", name)
                 expected = coco.decode(thumb[name]).astype(bool) if thumb[name] else np.zeros((128, 128), bool)
-                shape = _fill(drawn[0].attributes["d"], 128, 128) if drawn else np.zeros((128, 128), bool)
+                shape = filled(drawn[0].attributes["d"], 128, 128) if drawn else np.zeros((128, 128), bool)
                 np.testing.assert_array_equal(shape, expected)
                 compared += expected.any()
             uri = store[svg.all("use")[0].attributes["href"].removeprefix("#")]
@@ -329,40 +242,6 @@ def test_masks_box_and_frames_are_those_of_the_trace(folder, page):
     assert compared > 20
 
 
-def _fill(path: str, height: int, width: int) -> np.ndarray:
-    """The even-odd filling of a path of M, h, v and z: a pixel is inside when an odd number of edges is left of it."""
-    crossings = np.zeros((height, width + 1), int)
-    for loop in path.split("M")[1:]:
-        x, y = first = tuple(map(int, re.match(r"(\d+) (\d+)", loop).groups()))
-        moves = [(command, int(length)) for command, length in re.findall(r"([hv])(-?\d+)", loop)]
-        assert loop.endswith("z")
-        for command, length in moves:
-            if command == "v":
-                crossings[min(y, y + length) : max(y, y + length), x] += 1
-            x, y = (x + length, y) if command == "h" else (x, y + length)
-        if x == first[0]:  # z goes straight back
-            crossings[min(y, first[1]) : max(y, first[1]), x] += 1
-        assert x == first[0] or y == first[1]
-    return np.cumsum(crossings, axis=1)[:, :width] % 2 == 1
-
-
-@settings(deadline=None)
-@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9)))
-def test_outlines_filled_are_the_mask(mask):
-    np.testing.assert_array_equal(_fill(outline_path(mask), *mask.shape), mask)
-
-
-def test_large_frames_become_small_pictures():
-    frame = np.zeros((720, 1280, 3), np.uint8)
-    mask = np.zeros((720, 1280), bool)
-    mask[360:, 640:] = True  # the lower right quarter
-    thumb = {"t": 3, "jpeg": base64.b64encode(encode_frame(frame)).decode(), "mask": rle_text(mask), "truth": None}
-    small = picture(thumb)
-    assert (small.t, small.width, small.height, small.truth) == (3, LONGEST_SIDE, 135, "")
-    shape = _fill(small.predicted, small.height, small.width)
-    assert shape[68:, 120:].all() and not shape[:67].any() and not shape[:, :120].any()
-
-
 def test_boxes_are_scaled_with_the_picture(small):
     chain = records(small, "eval_trained")[0]
     frame = np.zeros((480, 960, 3), np.uint8)
@@ -372,39 +251,6 @@ def test_boxes_are_scaled_with_the_picture(small):
     (small / "traces" / "eval_base.jsonl").unlink()
     box = read(small).all("rect", "box")[0].attributes
     assert [float(box[key]) for key in ("x", "y", "width", "height")] == [24, 12, 96, 48]
-
-
-def _pair(name: str, base: float, trained: float, pictures: bool = True) -> dict:
-    return {
-        label: {"video_id": name, "j": jf, "f": jf, "thumbs": [{}] if pictures else [], "failure": ""}
-        for label, jf in (("base", base), ("trained", trained))
-    }
-
-
-def test_examples_are_the_best_the_typical_the_failing_and_the_worse():
-    pairs = [
-        _pair("gain 70", 0.2, 0.9),
-        _pair("gain 90 without pictures", 0.0, 0.9, pictures=False),
-        _pair("gain 80", 0.1, 0.9),
-        *[_pair(f"gain 2{i}", 0.6, 0.8 + i / 100) for i in range(5)],
-        _pair("fails", 0.1, 0.1),
-        _pair("fails a bit", 0.3, 0.4),
-        _pair("worse", 0.9, 0.6),
-    ]
-    names = [(why, next(iter(pair.values()))["video_id"]) for why, pair in chosen(pairs)]
-    assert names == [
-        ("Biggest improvement", "gain 80"), ("Biggest improvement", "gain 70"), ("Typical", "gain 22"),
-        ("Typical", "gain 21"), ("Still failing", "fails"), ("Still failing", "fails a bit"), ("Got worse", "worse"),
-    ]  # fmt: skip
-    counts = overview(pairs)
-    assert (counts.clips, counts.better, counts.worse) == (11, 9, 1)
-    assert chosen([]) == []
-
-
-def test_no_clip_is_shown_twice_and_none_called_failing_that_is_not():
-    names = [(why, next(iter(pair.values()))["video_id"]) for why, pair in chosen([_pair("a", 0.6, 0.9)])]
-    assert names == [("Biggest improvement", "a")]
-    assert [why for why, _ in chosen([_pair("a", 0.7, 0.7), _pair("b", 0.9, 0.5)])] == ["Typical", "Got worse"]
 
 
 def test_one_policy_alone_can_be_read(small):
@@ -423,18 +269,6 @@ def test_groups_show_the_one_that_differs_most(folder, page):
     tables = page.all("table", "rollouts")
     assert len(tables) == 2  # first and last step
     assert [row.all("td")[0].text for row in tables[1].all("tr")[1:]] == [f"{total:.2f}" for total in totals]
-
-
-@given(st.text(alphabet="<>/thinkasw er", max_size=60) | st.text(max_size=30))
-def test_answers_are_cut_without_losing_a_letter(text):
-    assert "".join(part for _, part in pieces(text)) == text
-
-
-def test_pieces_of_an_answer():
-    assert pieces("so <think>a < b</think>\n<answer>[1]</answer> end") == [
-        ("plain", "so "), ("tag", "<think>"), ("think", "a < b"), ("tag", "</think>"), ("plain", "\n"),
-        ("tag", "<answer>"), ("answer", "[1]"), ("tag", "</answer>"), ("plain", " end"),
-    ]  # fmt: skip
 
 
 def test_placeholders_of_pictures_are_counted(page):
