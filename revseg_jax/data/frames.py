@@ -32,8 +32,8 @@ def decode_square(jpeg: bytes, size: int) -> np.ndarray:
 def resize_square(frame: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [size, size, 3], bicubic with antialiasing; x and y are scaled independently.
 
-    It is what Hugging Face's Qwen2-VL image processor does (PIL, BICUBIC), so pixels agree with what published
-    checkpoints were trained on. Everything shown to the policy goes through here.
+    It is what Hugging Face's Qwen2-VL image processor on Pillow does (`Qwen2VLImageProcessorPil` in transformers 5), so
+    pixels agree with what published checkpoints were trained on. Everything shown to the policy goes through here.
     """
     return _resize(Image.fromarray(frame), size)
 
