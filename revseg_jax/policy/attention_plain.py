@@ -150,8 +150,7 @@ def _softmax(query: jax.Array, key_sets: tuple[KeySet, ...]) -> tuple[jax.Array,
     weights = [jnp.exp(part - top) for part in scores]
     total = sum(part.sum(-1, keepdims=True) for part in weights)
     mixed = sum(
-        _product("...rt,...td->...rd", part.astype(value.dtype), value)
-        for part, (_, value, _) in zip(weights, key_sets, strict=True)
+        _product(part.astype(value.dtype), value) for part, (_, value, _) in zip(weights, key_sets, strict=True)
     )
     return (mixed / total).astype(query.dtype), (top + jnp.log(total))[..., 0]
 
@@ -164,9 +163,9 @@ def _softmax_backward(kept, gradients):
     into_query, into_sets = 0.0, []
     for key, value, mask in key_sets:
         weights = jnp.exp(_scores(query, key, mask) - logsumexp[..., None])
-        into_weights = _product("...rd,...td->...rt", into_output, value)
+        into_weights = _product(into_output, value.mT)
         into_scores = (weights * (into_weights + offset[..., None])).astype(query.dtype)
-        into_query += _product("...rt,...td->...rd", into_scores, key)
+        into_query += _product(into_scores, key)
         # Summed over the queries, so one factor has to be turned: the narrow one. The compiler would move the
         # transposition of the result into the product, and turn the wide one: half as fast on a CPU.
         rows = partial(_rows, axes=key.ndim)
@@ -182,13 +181,13 @@ softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, K, G, R, S, T], float32 or wider."""
-    return jnp.where(mask, _product("...rd,...td->...rt", query * _scale(query), key), MASKED)
+    return jnp.where(mask, _product(query * _scale(query), key.mT), MASKED)
 
 
-def _product(equation: str, x: jax.Array, keys: jax.Array) -> jax.Array:
-    """x [B, K, G, R, S, D or T] and keys (or values) of a set -> [B, K, G, R, S, T or D], float32 or wider."""
+def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x [B, K, G, R, S, M] times a set's [B, K, G, M, N] or [B, K, M, N] -> [B, K, G, R, S, N], float32 or wider."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.einsum(equation, _rows(x, keys.ndim), keys, preferred_element_type=wide)
+    y = jnp.matmul(_rows(x, matrix.ndim), matrix, preferred_element_type=wide)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
