@@ -26,7 +26,7 @@ from revseg_jax.rollout import engine as phases
 from revseg_jax.rollout.engine import Prompt
 from revseg_jax.rollout.keyframes import encode_keyframes
 from revseg_jax.rollout.loading import load_engine
-from revseg_jax.rollout.sampling import SamplingConfig, draw, rollout_keys, truncate
+from revseg_jax.rollout.sampling import SamplingConfig, draw, first_largest, rollout_keys, truncate
 
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
 
@@ -301,3 +301,17 @@ def test_keyframes_are_those_the_rollouts_chose(loaded, sampled):
             if rollout.turn1.ok:
                 expected = resize_square(decode_frame(prompts[b].jpegs[rollout.turn1.frame_idx]), 168)
                 np.testing.assert_array_equal(batch.keyframes[b, batch.keyframe_index[b, g]], expected)
+
+
+def test_draws_are_those_of_jax_random_categorical():
+    keys = rollout_keys(3, 0, np.arange(4), 8)
+    logits = 3 * jax.random.normal(jax.random.key(0), (4, 8, 500))
+    config = SamplingConfig(1.0, 1.0, 0, end_token=1, pad_token=0, forbidden=())
+    expected = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
+    np.testing.assert_array_equal(draw(logits, keys, config)[0], expected)
+    assert len(np.unique(expected)) > 10
+
+
+def test_the_first_of_equal_scores_is_the_largest():
+    scores = np.array([[1, 3, 2, 3], [5, 0, 0, 0], [0, 0, 0, 7], [np.nan] * 4, [-np.inf, -np.inf, -1, -1]], np.float32)
+    assert first_largest(jnp.array(scores)).tolist() == [1, 0, 3, 3, 2]

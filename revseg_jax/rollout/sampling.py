@@ -68,9 +68,18 @@ def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[ja
         tokens = jnp.argmax(masked, axis=-1)
     else:
         masked = truncate(masked / config.temperature, config.top_p, config.top_k)
-        tokens = jax.vmap(jax.vmap(jax.random.categorical))(keys, masked)
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, masked.shape[-1:], masked.dtype)))(keys)
+        tokens = first_largest(masked + noise)  # as `jax.random.categorical` draws
     tokens = tokens.astype(jnp.int32)
     return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+
+def first_largest(scores: jax.Array) -> jax.Array:
+    """`argmax` over the last axis, in two passes: on a CPU the one of argmax takes in all that comes before it, here
+    the drawing of the noise, on one thread. Scores that are not numbers give the last index."""
+    top = scores.max(axis=-1, keepdims=True)
+    last = scores.shape[-1] - 1
+    return jnp.where(scores == top, jnp.arange(last + 1), last).min(axis=-1)
 
 
 def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
