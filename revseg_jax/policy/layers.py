@@ -21,8 +21,18 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(bias_shape))
 
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
-        y = product(equation, x, self.kernel[...].astype(x.dtype))
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        return _affine(equation, x, self.kernel[...], self.bias[...] if hasattr(self, "bias") else None)
+
+    def parts(self, equation: str, x: jax.Array) -> list[jax.Array]:
+        """One y for each index of the kernel's second axis, the bias's first, as products of their own: to take one
+        product apart, and to put its gradient together, would be copies of it."""
+        kernels, biases = jnp.unstack(self.kernel[...], axis=1), jnp.unstack(self.bias[...])
+        return [_affine(equation, x, kernel, bias) for kernel, bias in zip(kernels, biases, strict=True)]
+
+
+def _affine(equation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = product(equation, x, kernel.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

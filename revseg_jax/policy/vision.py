@@ -20,7 +20,7 @@ from flax import nnx
 from revseg_jax.parallel.sharding import constrain
 from revseg_jax.policy.attention import AttentionChoice, attention, windowed_attention
 from revseg_jax.policy.config import VisionConfig
-from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, product, stack_layers
+from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
 from revseg_jax.policy.remat import rematerialised
 from revseg_jax.policy.rope import merge_order, rotate, vision_angles
 
@@ -83,13 +83,7 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Callable) -> jax.Array:
         """x [rows, slots, width]; cos, sin [rows or 1, slots, head_dim]; `attend(query, key, value)` takes and returns
         [rows, slots, heads, head_dim]."""
-        # Three products instead of one: to take that apart, and to put its gradient together, would be copies of it.
-        normal = self.norm1(x)
-        kernels, biases = (part[...].astype(x.dtype) for part in (self.qkv.kernel, self.qkv.bias))
-        query, key, value = (
-            product("nsd,dhk->nshk", normal, kernel) + bias
-            for kernel, bias in zip(jnp.unstack(kernels, axis=1), jnp.unstack(biases), strict=True)
-        )
+        query, key, value = self.qkv.parts("nsd,dhk->nshk", self.norm1(x))
         mixed = attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
         x = x + self.proj("nshk,hkd->nsd", mixed)
         return x + self.mlp(self.norm2(x))
