@@ -76,10 +76,10 @@ def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[ja
 
 def first_largest(scores: jax.Array) -> jax.Array:
     """`argmax` over the last axis, in two passes: on a CPU the one of argmax takes in all that comes before it, here
-    the drawing of the noise, on one thread. Scores that are not numbers give the last index."""
-    top = scores.max(axis=-1, keepdims=True)
-    last = scores.shape[-1] - 1
-    return jnp.where(scores == top, jnp.arange(last + 1), last).min(axis=-1)
+    the drawing of the noise, on one thread."""
+    size = scores.shape[-1]
+    smaller = scores < scores.max(axis=-1, keepdims=True)
+    return jnp.where(smaller, size, jnp.arange(size)).min(axis=-1)
 
 
 def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
