@@ -1,10 +1,18 @@
 """The policy that ships: what it knows, and that it knows it from looking."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from revseg_jax.config import load_config
+from revseg_jax.data.source import ClipSource
+from revseg_jax.data.synthetic_builder import prepare_synthetic
+from revseg_jax.evaluation.held_out import evaluate_policy
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.pretraining.choices import biggest_accuracy, naming_accuracy
 from revseg_jax.pretraining.examples import ExampleMaker
+from revseg_jax.rollout.loading import load_engine
 
 pytestmark = pytest.mark.usefixtures("optimised")
 CLIPS = 60
@@ -39,6 +47,19 @@ def test_with_blank_frames_it_guesses(embedded, maker, sighted):
     assert all(blank[kind] < sighted[kind] - 0.2 for kind in ("motion", "reasoning"))
 
 
-def test_it_tells_the_frame_in_which_an_object_is_biggest(embedded, maker):
-    """One in eight is right by chance, a few more where two frames show it equally large."""
+@pytest.mark.parametrize("frames", [6, 8, 10])
+def test_it_tells_the_frame_in_which_an_object_is_biggest(embedded, maker, frames):
+    """One in `frames` is right by chance, a few more where two frames show it equally large."""
+    maker = replace(maker, chain=replace(maker.chain, frames=frames))
     assert biggest_accuracy(embedded.policy, maker, 24) > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", [6, 10])
+def test_it_keeps_the_format_with_another_number_of_frames(tmp_path, frames):
+    demo = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    config = load_config(demo, [f"chain.frames={frames}", "chain.turn1_tokens=64", f"run.dir={tmp_path}"])
+    prepare_synthetic(tmp_path / "clips", "easy", 0, 16, seed=4321, progress=False)
+    loaded, source = load_engine(config), ClipSource([tmp_path / "clips"], "test")
+    evaluation, _ = evaluate_policy(loaded.greedy, (loaded.trained, loaded.frozen), source, config, None, "policy")
+    assert evaluation.format > 0.9 and evaluation.turns > 1.9

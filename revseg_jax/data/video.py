@@ -95,7 +95,7 @@ def open_video(path: str | Path, progress: bool = False) -> Video:
     pts, durations, size, time_base = [], [], None, Fraction(1, FOLDER_FPS)
     orientation = (False, False, False)
     with closing(_images(images) if images else _decode(path)) as source:
-        for frame in tqdm(source, "reading the video", unit=" frames", leave=False, disable=None if progress else True):
+        for frame in tqdm(source, "reading the video", unit=" frames", leave=False, disable=not progress or None):
             if size is None:
                 if not images:
                     # Of the first frame only: PyAV's side data makes a cycle with its frame, which then stays until

@@ -126,7 +126,7 @@ def _write_parts(work: Path, parts: list[Part], strict: bool, workers: int, prog
     missing = [number for number, report in enumerate(reports) if report is None]
     done = sum(part.videos for part, report in zip(parts, reports, strict=True) if report is not None)
     total = sum(part.videos for part in parts)
-    with tqdm(total=total, initial=done, desc="prepare", unit="video", disable=not progress) as bar:
+    with tqdm(total=total, initial=done, desc="prepare", unit="video", disable=not progress or None) as bar:
         if workers <= 1 or len(missing) <= 1:
             for number in missing:
                 reports[number] = _write_part(work, number, parts[number], strict, bar.update)

@@ -63,7 +63,7 @@ def score_benchmark(
     one = partial(_score_number, str(data), benchmark, root)
     workers = min(workers or os.cpu_count() or 1, source.videos)
     found: list[VideoScores] = []
-    with tqdm(total=source.videos, desc=f"score {benchmark.name}", unit="video", disable=not progress) as bar:
+    with tqdm(total=source.videos, desc=f"score {benchmark.name}", unit="video", disable=not progress or None) as bar:
         jf: list[float] = []
 
         def take(scores: VideoScores) -> None:

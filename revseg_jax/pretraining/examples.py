@@ -14,7 +14,8 @@ from revseg_jax.chain.prompts import IM_END, VIDEO, prefix_text
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.frames import resize_square
 from revseg_jax.data.sampling import sample_frames
-from revseg_jax.data.synthetic import COLOURS, SHAPES, render
+from revseg_jax.data.synthetic import COLOURS, DIFFICULTIES, SHAPES, render
+from revseg_jax.errors import InputError
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.rope import merge_order, sequence_positions
 from revseg_jax.pretraining.history import template_answers, track_facts
@@ -71,11 +72,15 @@ class ExampleMaker:
         return example
 
     def draw_view(self, rng: np.random.Generator) -> View:
-        """A scene of which something can be seen: now and then the wall hides everything in all sampled frames."""
+        """A scene with as many frames as are shown, of which something can be seen: now and then the wall hides
+        everything in all sampled frames. Raises InputError where no clip is so long."""
+        longest = DIFFICULTIES[self.difficulty].frames[1]
+        if self.chain.frames > longest:
+            raise InputError(f"chain.frames={self.chain.frames}: {self.difficulty} clips have {longest} at most")
         while True:
             scene = render(int(rng.integers(1 << 40)), self.difficulty, "train")
             seen = view(scene, sample_frames(len(scene.frames), self.chain.frames))
-            if seen.visible.any():
+            if len(seen.sampled) == self.chain.frames and seen.visible.any():
                 return seen
 
     @property

@@ -113,7 +113,7 @@ FRAMES = Table(
         Order("jf", (("8 / 10 (16 / 20)",), ("8 / 8 (16 / 16)",), ("8 / 6 (16 / 12)",))),
     ),
     note="The paper's counts, in parentheses, are halved. Its five numbers lie within half a point of each other. The "
-    "embedded policy was taught with 8 frames alone.",
+    "embedded policy was taught with each of the three counts.",
 )
 
 TABLES = {"chain": CHAIN, "reward": REWARD, "frames": FRAMES}

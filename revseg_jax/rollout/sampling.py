@@ -63,14 +63,12 @@ def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[ja
     logprobs = jax.nn.log_softmax(logits)
     allowed = np.ones(logits.shape[-1], bool)
     allowed[list(config.forbidden)] = False
-    masked = jnp.where(allowed, logits, -jnp.inf)
-    if config.temperature == 0:
-        tokens = jnp.argmax(masked, axis=-1)
-    else:
-        masked = truncate(masked / config.temperature, config.top_p, config.top_k)
-        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, masked.shape[-1:], masked.dtype)))(keys)
-        tokens = first_largest(masked + noise)  # as `jax.random.categorical` draws
-    tokens = tokens.astype(jnp.int32)
+    scores = jnp.where(allowed, logits, -jnp.inf)
+    if config.temperature > 0:  # as `jax.random.categorical` draws
+        scores = truncate(scores / config.temperature, config.top_p, config.top_k)
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[-1:], scores.dtype)))(keys)
+        scores += noise
+    tokens = first_largest(scores).astype(jnp.int32)
     return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
 
 

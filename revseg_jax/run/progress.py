@@ -25,7 +25,7 @@ class Progress:
             total=steps,
             desc="train",
             unit="step",
-            disable=None if shown else True,
+            disable=not shown or None,
             smoothing=0.3,
             dynamic_ncols=True,
         )

@@ -83,7 +83,7 @@ def score(
     """
     j, copied, absent = [], [], []
     with mock.patch("sam2.sam2_video_predictor.tqdm", lambda frames, **_: frames):  # a bar of its own for every pass
-        for clip in tqdm(range(clips), f"scoring, {difficulty}", disable=not progress):
+        for clip in tqdm(range(clips), f"scoring, {difficulty}", disable=not progress or None):
             scene = render(clip, difficulty, "test")
             prompts = prompts_of(scene.masks, np.random.default_rng([seed, clip]), enlarge)
             frames = np.stack([decode_frame(encode_frame(frame)) for frame in scene.frames])
