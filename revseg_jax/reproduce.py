@@ -39,9 +39,9 @@ def main(
     """Fills the table TABLES[name] and prints it.
 
     clips: train and test clips of each seed. configs, overrides: what all runs share, as `load_config` takes it; the
-    table's own settings lie under the overrides, those of its cells over them. Writes into <out>/<name>: a run's folder
-    for every trained cell, each cell's scores, results.json and results.md. A second call keeps what is finished and
-    goes on with an interrupted run from its checkpoint; with other settings it is an InputError.
+    table's own settings lie under the overrides, those of its cells over them. Writes into <out>/<name>: the clips, a
+    run's folder for every trained cell, each cell's scores, results.json and results.md. A second call keeps what is
+    finished and goes on with an interrupted run from its checkpoint; with other settings it is an InputError.
     """
     table, folder = TABLES[name], Path(out) / name
 
@@ -53,7 +53,7 @@ def main(
     scores: Scores = {cell.name: {} for cell in table.cells}
     with tracker_client(base) as client:
         for seed in seeds:
-            data = Path(out) / "clips" / f"seed_{seed}"
+            data = folder / "clips" / f"seed_{seed}"  # of its own: tables may be filled at the same time
             prepare_synthetic(data, DIFFICULTY, *clips, seed=seed)
             for cell in table.cells:
                 place = folder / f"seed_{seed}"
