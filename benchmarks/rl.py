@@ -33,7 +33,7 @@ import torch
 from flax import nnx
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from revseg_jax.config import LearnerConfig
+from revseg_jax.config import LearnerConfig, PolicyConfig
 from revseg_jax.learner.forward import token_logprobs
 from revseg_jax.learner.losses import policy_losses, token_weights
 from revseg_jax.policy.config import read_config
@@ -81,7 +81,7 @@ class Ours:
 
     def __init__(self, folder: Path, prompts: np.ndarray, group: int, answer: int):
         config = read_config(folder)
-        policy = nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))
+        policy = nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0), remat=PolicyConfig().remat))
         load_weights(folder, policy, "float32")
         self.graphdef, params = nnx.split(policy)
         self.optimizer = optax.adamw(LEARNING_RATE)
