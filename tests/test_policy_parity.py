@@ -38,7 +38,7 @@ from revseg_jax.policy.embedded_tokenizer import write_preprocessor
 from revseg_jax.policy.hf_weights import published_name, to_stored, weights_of
 from revseg_jax.policy.model import Policy, chunked_logprobs
 from revseg_jax.policy.preprocess import patchify
-from revseg_jax.policy.rope import sequence_positions
+from revseg_jax.policy.rope import decoder_rotation, sequence_positions
 from revseg_jax.policy.text import Prefix, empty_suffix_cache
 
 SEEDS = [0, 1, 2, 3]
@@ -187,7 +187,8 @@ def test_decoding_token_by_token_equals_the_whole_forward(first_pair, platform, 
 
     @quick_jit
     def step(policy, x, positions, real, slot, cache):
-        return policy.text.extend(x, positions, real, slot, policy.text.layer_inputs(prefix), prefix.mask, cache)
+        rotation = decoder_rotation(policy.config.text, positions, x.dtype)
+        return policy.text.extend(x, rotation, real, slot, policy.text.layer_inputs(prefix), prefix.mask, cache)
 
     for slot in range(slots):
         here = slice(slot, slot + 1)
@@ -228,9 +229,9 @@ def test_greedy_decoding_equals_generate(first_pair):
     def step(policy, token, position, slot, cache):
         x = policy.embed(token.reshape(1, 1, 1))
         real = jnp.ones((1, 1, 1), bool)
-        hidden, cache = policy.text.extend(
-            x, jnp.full((3, 1, 1, 1), position), real, slot, policy.text.layer_inputs(prefix), prefix.mask, cache
-        )
+        rotation = decoder_rotation(policy.config.text, jnp.full((3, 1, 1, 1), position), x.dtype)
+        inputs = policy.text.layer_inputs(prefix)
+        hidden, cache = policy.text.extend(x, rotation, real, slot, inputs, prefix.mask, cache)
         return jnp.argmax(policy.text.logits(hidden)[0, 0, 0, :TEXT_TOKENS]), cache
 
     ours = [int(jnp.argmax(policy.text.logits(hidden[0, -1])[:TEXT_TOKENS]))]

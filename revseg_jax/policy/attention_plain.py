@@ -181,7 +181,9 @@ softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, K, G, R, S, T], float32 or wider."""
-    return jnp.where(mask, _product(query * _scale(query), key.mT), MASKED)
+    # Added, which leaves MASKED as it is: scores are far smaller than its last digit. What is selected by a mask XLA on
+    # a CPU writes to memory; what is added it fuses with the scores' product and the softmax.
+    return _product(query * _scale(query), key.mT) + jnp.where(mask, 0.0, MASKED)
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:

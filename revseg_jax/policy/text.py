@@ -173,7 +173,7 @@ class Decoder(nnx.Module):
     def extend(
         self,
         x: jax.Array,
-        positions: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
         real: jax.Array,
         slot: jax.Array,
         inputs: tuple | list[tuple],
@@ -182,11 +182,10 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, SuffixCache]:
         """Appends tokens to every suffix at slots [slot, slot + S), S = 1 in decoding. No gradient is meant to flow.
 
-        x [B, G, S, width]; positions int32 [3, B, G, S]; real bool [B, G, S]; inputs of `layer_inputs`, and the mask
-        of its prefix. A token sees the prefix, the real slots before it and itself. Returns the final-normed hidden
-        [B, G, S, width] and the cache with the slots filled.
+        x [B, G, S, width]; rotation: cos, sin [B, G, S, head_dim] of `decoder_rotation`; real bool [B, G, S]; inputs of
+        `layer_inputs`, and the mask of its prefix. A token sees the prefix, the real slots before it and itself.
+        Returns the final-normed hidden [B, G, S, width] and the cache with the slots filled.
         """
-        cos, sin = decoder_rotation(self.config, positions, x.dtype)
         graphdef = nnx.graphdef(self.layers)
         length, slots = x.shape[2], cache.mask.shape[2]
         filled = jax.lax.dynamic_update_slice(cache.mask, real, (0, 0, slot))
@@ -197,7 +196,7 @@ class Decoder(nnx.Module):
             x, keys, values = carry
             index, state, prefix_key, prefix_value = read
             module = nnx.merge(graphdef, state)
-            query, key, value = module.project(x, cos, sin)
+            query, key, value = module.project(x, *rotation)
             key, value = jnp.transpose(key, (0, 3, 1, 4, 2)), jnp.transpose(value, (0, 3, 1, 2, 4))
             keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), (index, 0, 0, 0, 0, slot))
             values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), (index, 0, 0, 0, slot, 0))

@@ -19,6 +19,7 @@ from revseg_jax.data.frames import decode_frame, resize_square
 from revseg_jax.parallel.rows import own_rows, place_rows
 from revseg_jax.parallel.sharding import Placement, constrain, tree_shardings
 from revseg_jax.policy.model import Policy
+from revseg_jax.policy.rope import decoder_rotation
 from revseg_jax.policy.text import PrefixCache, SuffixCache, empty_suffix_cache
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
@@ -281,8 +282,9 @@ def read_turn2(
     """Reads the turn-2 prompts, all but their last token, into the suffix cache from `slot` on."""
     policy = nnx.merge(graphdef, *params)
     x = policy.embed(tokens, encode_keyframes(policy, keyframes, keyframe_index))
+    rotation = decoder_rotation(policy.config.text, jnp.moveaxis(positions, 2, 0), x.dtype)
     inputs = policy.text.layer_inputs(prefix)
-    return policy.text.extend(x, jnp.moveaxis(positions, 2, 0), mask, slot, inputs, prefix.mask, cache)[1]
+    return policy.text.extend(x, rotation, mask, slot, inputs, prefix.mask, cache)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)

@@ -11,6 +11,7 @@ import numpy as np
 
 from revseg_jax.config import RolloutConfig
 from revseg_jax.policy.model import Policy
+from revseg_jax.policy.rope import decoder_rotation
 from revseg_jax.policy.text import PrefixCache, SuffixCache
 
 
@@ -114,12 +115,15 @@ def decode_answer(
     """
 
     inputs = policy.text.layer_inputs(prefix)
+    # Of all tokens at once: within the loop the compiler would take the cosines of every layer and head again.
+    positions = jnp.broadcast_to(position[..., None] + jnp.arange(limit + 1), (3, *position.shape, limit + 1))
+    rotations = decoder_rotation(policy.config.text, positions, policy.dtype)
 
     def step(state):
         index, token, real, tokens, logprobs, reals, cache = state
         x = policy.embed(token[..., None])
-        positions = jnp.broadcast_to(position + index, (3, *position.shape))[..., None]
-        hidden, cache = policy.text.extend(x, positions, real[..., None], slot + index, inputs, prefix.mask, cache)
+        rotation = [jax.lax.dynamic_slice_in_dim(part, index, 1, axis=2) for part in rotations]
+        hidden, cache = policy.text.extend(x, rotation, real[..., None], slot + index, inputs, prefix.mask, cache)
         step_keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, data=slot + index)))(keys)
         following, logprob = draw(policy.text.logits(hidden[:, :, 0]), step_keys, config)
         emitted = real & ((index == 0) | (token != config.end_token))
