@@ -73,7 +73,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size]"""
-        # Rows have one axis here: XLA on a CPU sums the gradient five times slower when one of several has length 1.
+        # Rows have one axis here: XLA on a CPU sums the gradient ten times slower when one of several has length 1.
         rows = x.reshape(-1, x.shape[-1])
         wide = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
