@@ -16,7 +16,7 @@ def decoder_rotation(text: TextConfig, positions: jax.Array, dtype: jnp.dtype) -
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     half = text.head_dim // 2
-    inverse_frequency = 1.0 / text.rope_theta ** (np.arange(half, dtype=np.float32) / half)
+    inverse_frequency = _inverse_frequencies(text.rope_theta, half)
     axis_of_frequency = np.repeat(np.arange(3), text.mrope_section)
     angles = jnp.moveaxis(positions.astype(wide)[axis_of_frequency], 0, -1) * inverse_frequency
     angles = jnp.concatenate([angles, angles], axis=-1)
@@ -34,10 +34,19 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def vision_angles(vision: VisionConfig, places: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """places int [..., 2], row and column of each patch in its frame -> angles float32 [..., head_dim]."""
     quarter = vision.head_dim // 4
-    inverse_frequency = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float32) / quarter)
+    inverse_frequency = _inverse_frequencies(10000.0, quarter)
     angles = places.astype(np.float32)[..., None] * inverse_frequency
     angles = angles.reshape(*places.shape[:-1], 2 * quarter)
     return (np if isinstance(angles, np.ndarray) else jnp).concatenate([angles, angles], axis=-1)
+
+
+def _inverse_frequencies(theta: float, count: int) -> np.ndarray:
+    """float32 [count]: theta^(-j / count), rounded where transformers rounds, since positions multiply the difference.
+
+    NumPy's float32 power is not used: its last digit is not torch's, and depends on the processor.
+    """
+    power = theta ** (np.arange(count, dtype=np.float32) / np.float32(count)).astype(np.float64)
+    return np.float32(1) / power.astype(np.float32)
 
 
 def merge_order(height: int, width: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
