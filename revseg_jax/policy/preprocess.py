@@ -21,7 +21,7 @@ def patchify(frames: jax.Array, vision: VisionConfig, dtype: jnp.dtype = jnp.flo
     """
     batch, count, height, width, channels = frames.shape
     patch, merge, temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    pixels = (frames.astype(dtype) / 255.0 - MEAN) / STD
+    pixels = (frames.astype(dtype) - 255 * MEAN) / (255 * STD)  # the processor's order: equal to the last bit
     rows, columns = height // (patch * merge), width // (patch * merge)
     blocks = pixels.reshape(batch, count // temporal, temporal, rows, merge, patch, columns, merge, patch, channels)
     #                        b      t                f         r     m      p      c        n      q      x
