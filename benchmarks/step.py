@@ -125,6 +125,8 @@ def step(programs: StepPrograms, phases: Phases, state: TrainState, reference: A
         fetched = fetch_reference(config.reference, reference)
         phases.run("score", Learner.logprobs, 1, learner, fetched, frozen, batch)
         del fetched
+    if config.algorithm == "ppo":
+        phases.run("values", Learner.values, 1, learner, state, frozen, batch)
     experience = experience._replace(batch=batch)
     state, metrics = phases.run("update", Learner.update, 1, learner, state, frozen, experience)
     assert not int(metrics["skipped_updates"]), "a loss or gradient was not finite"
