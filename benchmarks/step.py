@@ -23,6 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,7 @@ from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.engine import RolloutEngine, answer_turn1, answer_turn2, read_prefix, read_turn2
 from revseg_jax.rollout.layout import PromptEncoder
-from revseg_jax.rollout.sampling import SamplingConfig, rollout_keys
+from revseg_jax.rollout.sampling import rollout_keys
 
 PAPER_PROMPTS = 128
 ROLLOUT = ("prefill", "turn 1", "keyframes", "turn 2")
@@ -87,8 +88,7 @@ def sample(programs: StepPrograms, phases: Phases, weights: Any) -> None:
     """The rollouts of a step, batch by batch, as `RolloutEngine.sample` runs them."""
     layout, rollout = programs.layout, programs.config.rollout
     graphdef, count, place = programs.parts[0], programs.prompts_per_batch, partial(place_rows, programs.placement)
-    forbidden = (programs.model.image_token_id, programs.model.video_token_id)
-    never_ending = SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, -1, 0, forbidden)
+    never_ending = replace(programs.sampling, end_token=-1)
     batch = RolloutBatch(*(place(part[:count]) for part in programs.full_batch()))
     video = batch.frames, batch.prefix_tokens, batch.prefix_positions, batch.prefix_mask
     slots = slice(layout.turn2_prompt_start, layout.turn2_start - 1)

@@ -109,6 +109,12 @@ class StepPrograms:
     def prompts_per_batch(self) -> int:
         return self.config.rollout.prompts_per_batch or self.config.rollout.prompts_per_step
 
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Which tokens they are changes nothing in the program; that some are forbidden does."""
+        rollout, forbidden = self.config.rollout, (self.model.image_token_id, self.model.video_token_id)
+        return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, 1, 0, forbidden)
+
     def batch(self, prompts: int) -> RolloutBatch:
         chain, group, slots = self.config.chain, self.config.rollout.group_size, self.layout.suffix
         rows = self._rows
@@ -172,7 +178,7 @@ class StepPrograms:
         one, alive = self._rows(jnp.int32, prompts, group), self._rows(bool, prompts, group)
         keys = self._rows(jnp.uint32, prompts, group, 2)
         return answer_turn1.lower(
-            *(self.parts[0], self.layout.turn1, self.layout.suffix, self._sampling()),
+            *(self.parts[0], self.layout.turn1, self.layout.suffix, self.sampling),
             *(self.sampler, self.caches(prompts)[0], one, one, alive, keys),
         )
 
@@ -195,11 +201,6 @@ class StepPrograms:
     def _update(self) -> jax.stages.Lowered:
         experience = self.experience(self.config.rollout.prompts_per_step)
         return Learner.update.lower(self.learner, self.state, self.parts[2], experience)
-
-    def _sampling(self) -> SamplingConfig:
-        """Which tokens they are changes nothing in the program; that some are forbidden does."""
-        rollout, forbidden = self.config.rollout, (self.model.image_token_id, self.model.video_token_id)
-        return SamplingConfig(rollout.temperature, rollout.top_p, rollout.top_k, 1, 0, forbidden)
 
     # ---- What is known of them --------------------------------------------------------------------------------------
 
