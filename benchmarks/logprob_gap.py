@@ -5,8 +5,9 @@
 The embedded policy samples 8 two-turn chains for each of `prompts` pairs of synthetic clip and query (temperature 1).
 Every sampled token is then scored in five ways: as the sampler saw it, by the learner, and by transformers' torch model
 of the same weights, which reads the whole sequence at once or goes through a cache token by token, as `generate` does,
-in float32, and the whole sequence in float64. The last one stands for the truth. All normalise the pixels alike, each
-in its own type. Distances are absolute, in nats.
+in float32, and the whole sequence in float64. The last one stands for the truth, though transformers keeps its rotary
+tables in float32 there too: what they are rounded by counts against ours only. All normalise the pixels alike, each in
+its own type. Distances are absolute, in nats.
 """
 
 from __future__ import annotations
