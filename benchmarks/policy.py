@@ -112,7 +112,7 @@ def ours(folder: Path, dtype: str, frames: int):
 
     def logits(policy: Policy, tokens, positions, patches):
         features = policy.vision(patches, grid[1], grid[2], policy.remat).reshape(1, -1, policy.config.text.hidden_size)
-        hidden, _, _ = policy.prefix_forward(tokens, positions, jnp.ones(tokens.shape, bool), features)
+        hidden, _, _ = policy.prefix_forward(tokens, positions, features)
         return policy.text.logits(hidden[:, -TAIL:])
 
     graphdef, state = nnx.split(policy)

@@ -19,6 +19,7 @@ from revseg_jax.policy.attention import AttentionChoice, attention, windowed_att
 from revseg_jax.policy.attention_kernels import splash_attention, splash_suffix_attention
 from revseg_jax.policy.attention_plain import plain_attention, shared_prefix_attention
 
+interpreted = partial(splash_attention, interpret=jax.default_backend() != "tpu")
 # rows, slots, heads, key heads, head width
 SHAPES = [(2, 21, 4, 2, 16), (3, 9, 3, 3, 8), (1, 17, 4, 1, 12)]
 
@@ -33,6 +34,11 @@ def draw(shape: tuple[int, ...], dtype=np.float32):
     segments[0, : slots // 4] = 0
     segments[0, slots // 2 : slots * 3 // 4] = 2
     return *parts, segments
+
+
+def whole(segments):
+    """The segments that None stands for."""
+    return np.ones_like(segments)
 
 
 def written_out(query, key, value, segments, causal):
@@ -53,10 +59,12 @@ def written_out(query, key, value, segments, causal):
 @pytest.mark.parametrize("block", [512, 8])
 def test_plain_attention_equals_softmax_written_out(shape, causal, block, monkeypatch):
     monkeypatch.setattr(attention_plain, "BLOCK", block)
-    arrays = draw(shape)
-    for ours, expected in zip(attention(*arrays, causal), written_out(*arrays, causal), strict=True):
-        assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    *parts, segments = draw(shape)
+    for given, meant in ((segments, segments), (None, whole(segments))):
+        results, expectations = attention(*parts, given, causal), written_out(*parts, meant, causal)
+        for ours, expected in zip(results, expectations, strict=True):
+            assert ours.dtype == jnp.float32
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def differentiable(query, key, value, segments, causal):
@@ -71,25 +79,42 @@ def differentiable(query, key, value, segments, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
 @pytest.mark.parametrize("block", [512, 5])
-def test_plain_attentions_gradients_equal_those_of_softmax_written_out(causal, block, monkeypatch):
+def test_plain_attentions_gradients_equal_those_of_softmax_written_out(causal, segmented, block, monkeypatch):
     *parts, segments = draw(SHAPES[0])
     monkeypatch.setattr(attention_plain, "BLOCK", block)
 
-    def loss(run, *parts):
+    def loss(run, segments, *parts):
         output, logsumexp = run(*parts, segments, causal)
         return jnp.sum(output**2) + jnp.sum(logsumexp**2)
 
-    gradients = [jax.jit(jax.grad(partial(loss, run), (0, 1, 2)))(*parts) for run in (attention, differentiable)]
+    sides = (attention, segments if segmented else None), (differentiable, segments if segmented else whole(segments))
+    gradients = [jax.jit(jax.grad(partial(loss, *side), (0, 1, 2)))(*parts) for side in sides]
     for ours, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
-def test_windowed_attention_is_attention_in_windows_or_whole_rows(full, implementation, monkeypatch):
+def test_padding_after_causal_rows_needs_no_segments(implementation, monkeypatch):
+    """As the decoder's prefill has it: real queries and the gradients of what they see are those of shorter rows."""
+    monkeypatch.setattr(dispatch, "splash_attention", interpreted)
+    *parts, _ = draw((2, 21, 4, 2, 16))
+    real = 13
+
+    def loss(length, *parts):
+        output, _ = attention(*(part[:, :length] for part in parts), None, True, AttentionChoice(implementation))
+        return jnp.sum(output[:, :real] ** 3)
+
+    for ours, expected in zip(*(jax.grad(partial(loss, n), (0, 1, 2))(*parts) for n in (21, real)), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_windowed_attention_is_attention_in_windows_or_whole_rows(full, segmented, implementation, monkeypatch):
     """Values and gradients; by a kernel (here the interpreter runs it), the backward pass goes another way."""
-    interpreted = partial(splash_attention, interpret=jax.default_backend() != "tpu")
     monkeypatch.setattr(dispatch, "splash_attention", interpreted)
     windows, slots = 3, 7
     *parts, segments = draw((2, windows * slots, 4, 4, 16))
@@ -100,11 +125,12 @@ def test_windowed_attention_is_attention_in_windows_or_whole_rows(full, implemen
 
     def windowed(*parts):
         choice = AttentionChoice(implementation)
-        return windowed_attention(*parts, segments.reshape(2, windows, slots), jnp.asarray(full), choice)
+        return windowed_attention(*parts, segments if segmented else None, jnp.asarray(full), windows, choice)
 
     def reference(query, *parts):
         sets = 1 if full else windows
-        folded = (part.reshape(2 * sets, -1, *part.shape[2:]) for part in (query, *parts, segments))
+        meant = segments if segmented else whole(segments)
+        folded = (part.reshape(2 * sets, -1, *part.shape[2:]) for part in (query, *parts, meant))
         return differentiable(*folded, False)[0].reshape(query.shape)
 
     results = []
@@ -121,19 +147,20 @@ def kernel_cases():
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
 @pytest.mark.parametrize("name", kernel_cases())
-def test_kernels_equal_plain_attention(name, causal):
+def test_kernels_equal_plain_attention(name, causal, segmented):
     """Output, log-sum-exp and gradients. Splash runs in the interpreter where there is no TPU."""
     dtype, tolerance = (np.float32, 1e-4) if name == "splash" else (jnp.bfloat16, 0.1)
     run = {
-        "splash": partial(splash_attention, interpret=jax.default_backend() != "tpu"),
+        "splash": interpreted,
         "cudnn": lambda *arrays: attention(*arrays, AttentionChoice("cudnn")),
     }[name]
     *parts, segments = draw((2, 150, 4, 2, 16), dtype)  # longer than a block of splash, and not a multiple of one
     weights = np.random.default_rng(0).normal(size=parts[0].shape).astype(np.float32)
 
     def loss(implementation, *parts):
-        output, logsumexp = implementation(*parts, segments, causal)
+        output, logsumexp = implementation(*parts, segments if segmented else None, causal)
         return jnp.sum(output * weights), (output, logsumexp)
 
     results = []
@@ -213,15 +240,16 @@ from revseg_jax.policy.attention import AttentionChoice, attention, suffix_atten
 devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
 placement = make_placement(MeshConfig(tensor=2), devices)
 parts, rows = (NamedSharding(placement.mesh, P("fsdp", None, *last)) for last in (("tensor",), ()))
-for causal, heads, key_heads, width in ((True, 8, 2, 128), (False, 4, 4, 80)):  # decoder, vision tower
-    def step(query, key, value, segments):
+decoder, tower = (True, 8, 2, 128), (False, 4, 4, 80)
+for (causal, heads, key_heads, width), segmented in ((decoder, False), (tower, False), (tower, True)):
+    def step(query, key, value, segments=None):
         def loss(*parts):
             output, logsumexp = attention(*parts, segments, causal, AttentionChoice(placement=placement))
             return output.astype(jnp.float32).sum(), logsumexp
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
     shapes = [(len(devices) // 2, 1024, n, width) for n in (heads, key_heads, key_heads)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parts) for shape in shapes]
-    arrays.append(jax.ShapeDtypeStruct(shapes[0][:2], jnp.int32, sharding=rows))
+    arrays += [jax.ShapeDtypeStruct(shapes[0][:2], jnp.int32, sharding=rows)] * segmented
     program = jax.jit(step).lower(*arrays).compile().as_text()
     print(program.count('custom_call_target="tpu_custom_call"'), "all-gather" in program)
 
@@ -252,4 +280,4 @@ def test_splash_compiles_for_tpus(topology):
         [sys.executable, "-c", COMPILE, topology], capture_output=True, text=True, env=environment, cwd=root
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["3", "False"] * 3
+    assert done.stdout.split() == ["3", "False"] * 4

@@ -461,13 +461,12 @@ def test_shared_prefix_loss_equals_that_of_separate_sequences_in_float64(step):
             policy = nnx.merge(graphdef, trained)
             tokens = np.stack([np.pad(tokens, (0, length - len(tokens))) for tokens, _ in wholes])
             positions = np.stack([np.pad(at, ((0, 0), (0, length - at.shape[1]))) for _, at in wholes], 1)
-            mask = np.arange(length) < np.array([[len(tokens)] for tokens, _ in wholes])
             videos = policy.encode(batch.frames[[b for b, _ in rows]])
             images = policy.encode(np.stack([batch.keyframes[b, batch.keyframe_index[b, g]] for b, g in rows])[:, None])
             # The n-th visual token takes the n-th feature: a short video leaves its last features out.
             shown = [int((tokens[i] == policy.config.video_token_id).sum()) for i in range(8)]
             features = [jnp.concatenate([videos[i, : shown[i]], images[i], videos[i, shown[i] :]]) for i in range(8)]
-            hidden, _, _ = policy.prefix_forward(tokens, positions, mask, jnp.stack(features))
+            hidden, _, _ = policy.prefix_forward(tokens, positions, jnp.stack(features))
             logprobs = jax.nn.log_softmax(policy.text.logits(hidden))
             total = 0.0
             for i, (b, g) in enumerate(rows):

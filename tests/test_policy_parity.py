@@ -65,10 +65,7 @@ def first_pair(tmp_path_factory):
 
 def whole_hidden(policy: Policy, tokens, positions, features):
     """tokens [L], positions [3, L], features [V, hidden] -> final-normed hidden [L, hidden]."""
-    hidden, _, _ = policy.prefix_forward(
-        tokens[None], positions[:, None], jnp.ones((1, len(tokens)), bool), features[None]
-    )
-    return hidden[0]
+    return policy.prefix_forward(tokens[None], positions[:, None], features[None])[0][0]
 
 
 whole_forward = quick_jit(whole_hidden)
@@ -218,11 +215,10 @@ def test_greedy_decoding_equals_generate(first_pair):
         **talk.torch_inputs(), max_new_tokens=64, do_sample=False, suppress_tokens=banned, eos_token_id=None
     )[0, len(talk.tokens) :].tolist()
     positions = talk.positions(policy.config)
-    mask = np.ones((1, len(talk.tokens)), bool)
     hidden, keys, values = quick_jit(Policy.prefix_forward)(
-        policy, talk.tokens[None], positions[:, None], mask, talk.features(policy)[None]
+        policy, talk.tokens[None], positions[:, None], talk.features(policy)[None]
     )
-    prefix = Prefix(keys, values, jnp.asarray(mask)).cache()
+    prefix = Prefix(keys, values, jnp.ones((1, len(talk.tokens)), bool)).cache()
     cache = empty_suffix_cache(policy.config.text, 1, 1, 64, jnp.float32)
 
     @quick_jit
@@ -312,10 +308,9 @@ def test_shared_prefix_gradients_equal_separate_sequences_in_float64(tmp_path):
             positions = [
                 np.pad(talk.positions(policy.config), ((0, 0), (0, length - len(talk.tokens)))) for talk in talks
             ]
-            mask = np.arange(length) < np.array([[len(talk.tokens)] for talk in talks])
             videos, images = (np.stack([talk.patches[number] for talk in talks]) for number in (0, 1))
             features = jnp.concatenate([encode(policy, videos), encode(policy, images)], 1)
-            hidden, _, _ = policy.prefix_forward(tokens, np.stack(positions, 1), mask, features)
+            hidden, _, _ = policy.prefix_forward(tokens, np.stack(positions, 1), features)
             logprobs = jax.nn.log_softmax(policy.text.logits(hidden))
             logprobs = jnp.take_along_axis(logprobs, tokens[..., None], 2)[..., 0]
             in_place = np.zeros((6, length))
@@ -365,11 +360,10 @@ def rollout_batch(policy: Policy, rng: np.random.Generator) -> SimpleNamespace:
         length = len(question.tokens)
         prefix_lengths.append(length)
         patches["video"].append(question.patches[0])
-        # Padding in front of the first prompt, behind the second one.
-        place = slice(prefix_slots - length, None) if prompt == 0 else slice(0, length)
-        arrays["prefix_tokens"][prompt, place] = question.tokens
-        arrays["prefix_mask"][prompt, place] = True
-        arrays["prefix_positions"][:, prompt, place] = question.positions(config)
+        assert length < prefix_slots
+        arrays["prefix_tokens"][prompt, :length] = question.tokens
+        arrays["prefix_mask"][prompt, :length] = True
+        arrays["prefix_positions"][:, prompt, :length] = question.positions(config)
         talks.append([])
         patches["image"].append([])
         for group in range(3):

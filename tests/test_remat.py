@@ -41,7 +41,7 @@ def test_the_decoders_gradient_stays_and_its_memory_shrinks(policy):
     positions = np.broadcast_to(np.arange(128, dtype=np.int32), (3, 2, 128))
     programs, gradients = [], []
     for name in NAMES:
-        run = partial(lambda text, remat: text.prefill(x, positions, np.ones((2, 128), bool), remat)[0], remat=name)
+        run = partial(lambda text, remat: text.prefill(x, positions, remat)[0], remat=name)
         program, parameters = gradient(run, policy.text)
         programs.append(program)
         gradients.append(jax.tree.leaves(program(parameters)))

@@ -56,16 +56,17 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array,
+    segments: jax.Array | None,
     causal: bool = False,
     choice: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
 ) -> tuple[jax.Array, jax.Array]:
-    """Self-attention inside the segments of each row.
+    """Self-attention of each row, inside its segments where there are several.
 
     Shapes (N rows, S slots, H heads, K key heads that divide H, D head width):
       query [N, S, H, D]; key, value [N, S, K, D]
       segments int32 [N, S]: a query sees the keys of its own segment, and of these only those up to its own slot when
-      `causal`. Padding is a segment of its own, wherever it stands: 0 by convention.
+      `causal`. Padding is a segment of its own, wherever it stands: 0 by convention. None: a row is one segment. That
+      saves masks, and does for causal rows with padding at their end too: no real query sees it.
     Returns the output [N, S, H, D] in the query's dtype and the log-sum-exp of the scores [N, S, H], float32 or wider.
     Gradients reach the output from every implementation, the log-sum-exp only from "xla".
     """
@@ -77,39 +78,45 @@ def attention(
     return run(query, key, value, segments, causal)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def windowed_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, full: jax.Array, choice: AttentionChoice
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    full: jax.Array,
+    windows: int,
+    choice: AttentionChoice,
 ) -> jax.Array:
     """Attention inside the segments of each window or, where `full`, of the whole row.
 
-    query, key, value [N, W * S, H, D]; segments int32 [N, W, S]; full bool [], traced: one scan runs over blocks of
-    both kinds. Returns [N, W * S, H, D]. Both kinds fold the same arrays, and the backward pass keeps these, once:
-    JAX would keep what each branch of a condition folds. A kernel's forward pass runs again there.
+    query, key, value [N, W * S, H, D] of W windows; segments int32 [N, W * S], or None as in `attention`; full bool [],
+    traced: one scan runs over blocks of both kinds. Returns [N, W * S, H, D]. Both kinds fold the same arrays, and the
+    backward pass keeps these, once: JAX would keep what each branch of a condition folds. A kernel's forward pass runs
+    again there.
     """
-    return _windowed_forward(query, key, value, segments, full, choice)[0]
+    return _windowed_forward(query, key, value, segments, full, windows, choice)[0]
 
 
-def _windowed_forward(query, key, value, segments, full, choice):
+def _windowed_forward(query, key, value, segments, full, windows, choice):
     def run(sets: int) -> tuple[jax.Array, jax.Array]:
-        folded = _fold(sets, query, key, value, segments.reshape(query.shape[:2]))
+        folded = _fold(sets, (query, key, value, segments))
         output, logsumexp = attention(*folded, choice=choice)
         if choice.resolve(query.dtype, folded[0].shape[1], query.shape[3]) != "xla":
             logsumexp = jnp.zeros_like(logsumexp)  # not needed, and a second call of the kernel
         return output.reshape(query.shape), logsumexp.reshape(query.shape[:3])
 
-    result = jax.lax.cond(full, partial(run, 1), partial(run, segments.shape[1]))
+    result = jax.lax.cond(full, partial(run, 1), partial(run, windows))
     output, logsumexp = checkpoint_name(result, KEPT)
     return output, (query, key, value, segments, full, output, logsumexp)
 
 
-def _windowed_backward(choice, kept, into_output):
-    *parts, segments, full, output, logsumexp = kept
-    shape, windows = parts[0].shape, segments.shape[1]
-    segments = segments.reshape(shape[:2])
+def _windowed_backward(windows, choice, kept, into_output):
+    *inputs, full, output, logsumexp = kept
+    shape = into_output.shape
 
     def run(sets: int) -> tuple[jax.Array, ...]:
-        *folded, result, result_logsumexp, into = _fold(sets, *parts, segments, output, logsumexp, into_output)
+        *folded, result, result_logsumexp, into = _fold(sets, (*inputs, output, logsumexp, into_output))
         if choice.resolve(into.dtype, into.shape[1], shape[3]) == "xla":
             into_result = into, jnp.zeros_like(result_logsumexp)
             gradients = plain_gradients(False, (*folded, result, result_logsumexp), into_result)[:3]
@@ -124,9 +131,9 @@ def _windowed_backward(choice, kept, into_output):
 windowed_attention.defvjp(_windowed_forward, _windowed_backward)
 
 
-def _fold(sets: int, *parts: jax.Array) -> list[jax.Array]:
+def _fold(sets: int, parts: tuple[jax.Array | None, ...]) -> tuple[jax.Array | None, ...]:
     """[N, W * S, ...] -> [N * sets, W * S / sets, ...]."""
-    return [part.reshape(len(part) * sets, -1, *part.shape[2:]) for part in parts]
+    return jax.tree.map(lambda part: part.reshape(len(part) * sets, -1, *part.shape[2:]), parts)
 
 
 def suffix_attention(
@@ -164,7 +171,7 @@ def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> C
     batch, tensor = placement.spec((rows, key_heads), "prompts", "key_heads")
     heads = PartitionSpec(batch, None, tensor, None)
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool):
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool):
         return jax.shard_map(
             lambda *parts: run(*parts, causal),
             mesh=placement.mesh,

@@ -20,17 +20,23 @@ LONG = 512  # slots above which rows are padded to larger blocks
 
 
 def cudnn_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """As `attention`, for float16 and bfloat16. The log-sum-exp comes in that type's precision, without a gradient."""
-    same = segments[:, None, :, None] == segments[:, None, None, :]
+    # A mask costs cuDNN an array of [N, S, S], which none of its own masks needs.
+    same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     run = partial(jax.nn.dot_product_attention, mask=same, is_causal=causal, implementation="cudnn")
     _, logsumexp = run(*map(jax.lax.stop_gradient, (query, key, value)), return_residual=True)
     return run(query, key, value), logsumexp.astype(jnp.float32)
 
 
 def splash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool, interpret: bool = False
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    causal: bool,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `attention`, on one device. No gradient through the log-sum-exp. interpret: without a TPU, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second, and only TPUs need it
@@ -38,8 +44,12 @@ def splash_attention(
     length, heads, width = query.shape[1:]
     padded = padded_length(length)
     query = query * width**-0.5
+    if segments is None and not causal and padded > length:
+        segments = jnp.zeros(query.shape[:2], jnp.int32)
     query, key, value = (jnp.pad(part, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for part in (query, key, value))
-    segments = jnp.pad(segments, ((0, 0), (0, padded - length)), constant_values=-1)
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (0, padded - length)), constant_values=-1)
+        segments = splash.SegmentIds(segments, segments)
     blocks = _blocks(padded)
     mask = (splash.CausalMask if causal else splash.FullMask)((padded, padded))
 
@@ -54,10 +64,7 @@ def splash_attention(
             interpret=interpret,
         )
 
-        def one_row(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array):
-            return kernel(query, key, value, splash.SegmentIds(segments, segments))
-
-        return jax.vmap(one_row)
+        return jax.vmap(kernel)
 
     parts = [part.swapaxes(1, 2) for part in (query, key, value)]  # [N, H, S, D]
     output = run(False)(*parts, segments).swapaxes(1, 2)

@@ -16,12 +16,12 @@ BLOCK = 512  # queries whose scores exist at a time
 MASKED = -1e30  # finite, so that rows without any visible key stay finite (they are padding and never read)
 KEPT = "attention"
 
-KeySet = tuple[jax.Array, jax.Array, jax.Array]  # key, value and mask, as `softmax_attention` takes them
+KeySet = tuple[jax.Array, jax.Array, jax.Array | None]  # key, value and mask, as `softmax_attention` takes them
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def plain_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """`attention` in plain XLA: the reference. Long rows are read in blocks of queries: few scores exist at a time, and
     keys that no query of a causal block sees are left out. The backward pass keeps what came in and what came out,
@@ -29,7 +29,7 @@ def plain_attention(
     return _plain_forward(query, key, value, segments, causal)[0]
 
 
-def _plain_forward(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool):
+def _plain_forward(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool):
     grouped = _group_heads(query[:, None], key.shape[2])
     blocks = _blocks(key, value, segments, causal)
     mixed = [_softmax(grouped[..., block, :], (keys_seen,)) for block, keys_seen in blocks]
@@ -63,18 +63,20 @@ def plain_gradients(causal: bool, kept: tuple[jax.Array, ...], gradients: tuple[
 plain_attention.defvjp(_plain_forward, plain_gradients)
 
 
-def _blocks(key: jax.Array, value: jax.Array, segments: jax.Array, causal: bool) -> list[tuple[slice, KeySet]]:
+def _blocks(key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool) -> list[tuple[slice, KeySet]]:
     """The queries of each block, and of the keys, from the first, those that any of them may see: a set of
     `softmax_attention`."""
     keys, values, length = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1), key.shape[1]
     blocks = []
     for start in range(0, length, BLOCK):
         block = slice(start, min(start + BLOCK, length))
-        seen = block.stop if causal else length
-        visible = segments[:, block, None] == segments[:, None, :seen]
+        seen, mask = block.stop if causal else length, None
+        if segments is not None:
+            mask = (segments[:, block, None] == segments[:, None, :seen])[:, None, None, None]
         if causal:
-            visible &= jnp.tril(jnp.ones(visible.shape[1:], bool), start)
-        blocks.append((block, (keys[:, :, :seen], values[:, :, :seen], visible[:, None, None, None])))
+            earlier = jnp.tril(jnp.ones((block.stop - start, seen), bool), start)
+            mask = earlier if mask is None else earlier & mask
+        blocks.append((block, (keys[:, :, :seen], values[:, :, :seen], mask)))
     return blocks
 
 
@@ -179,11 +181,16 @@ def _softmax_backward(kept, gradients):
 softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+def _scores(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
     """[B, K, G, R, S, T], float32 or wider."""
-    # Added, which leaves MASKED as it is: scores are far smaller than its last digit. What is selected by a mask XLA on
-    # a CPU writes to memory; what is added it fuses with the scores' product and the softmax.
-    return _product(query * _scale(query), key.mT) + jnp.where(mask, 0.0, MASKED)
+    scores = _product(query * _scale(query), key.mT)
+    return scores if mask is None else scores + _hidden(mask)
+
+
+def _hidden(mask: jax.Array) -> jax.Array:
+    """What is added to scores, which leaves MASKED as it is: they are far smaller than its last digit. What is selected
+    by a mask XLA on a CPU writes to memory; what is added it fuses with the scores' product and the softmax."""
+    return jnp.where(mask, 0.0, MASKED)
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -23,12 +23,13 @@ def encode(policy: Policy, vision: PackedVision) -> jax.Array:
 
 
 def hidden_states(policy: Policy, packed: PackedConversations, features: jax.Array | None) -> jax.Array:
-    """Final-normed hidden [B, L, hidden]; features [n, hidden] are those of `encode`."""
+    """Final-normed hidden [B, L, hidden], in the order in which the tokens came; features [n, hidden] of `encode`."""
     x = policy.text.embed(packed.tokens, policy.dtype)
     if features is not None:
         placed = features.astype(x.dtype)[jnp.maximum(packed.features, 0)]
         x = jnp.where((packed.features >= 0)[..., None], placed, x)
-    return policy.text.prefill(x, jnp.moveaxis(packed.positions, 1, 0), packed.mask, remat=policy.remat)[0]
+    hidden, _, _ = policy.text.prefill(x, jnp.moveaxis(packed.positions, 1, 0), remat=policy.remat)
+    return jnp.take_along_axis(hidden, packed.slots[..., None], axis=1)
 
 
 encode_jitted = jax.jit(encode)

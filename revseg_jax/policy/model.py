@@ -71,17 +71,17 @@ class Policy(nnx.Module):
     def prefill(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array) -> Prefix:
         """Keys and values of the shared prefixes.
 
-        tokens int32 [B, P] with padding where mask bool [B, P] is False; positions int32 [3, B, P];
-        features [B, V, hidden] of the video.
+        tokens int32 [B, P] with padding where mask bool [B, P] is False, which is after the real ones; positions int32
+        [3, B, P]; features [B, V, hidden] of the video.
         """
-        hidden, keys, values = self.prefix_forward(tokens, positions, mask, features)
+        _, keys, values = self.prefix_forward(tokens, positions, features)
         return Prefix(keys, values, mask)
 
     def prefix_forward(
-        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array | None
+        self, tokens: jax.Array, positions: jax.Array, features: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `prefill`, with the final-normed hidden [B, P, width] first; keys and values are [layers, B, P, ...]."""
-        return self.text.prefill(self.embed(tokens, features), positions, mask, remat=self.remat)
+        return self.text.prefill(self.embed(tokens, features), positions, remat=self.remat)
 
     def suffix_hidden(
         self,

@@ -35,16 +35,16 @@ class PackedVision(NamedTuple):
 
 class PackedConversations(NamedTuple):
     """Attributes:
-    tokens: int32 [B, L]
+    tokens: int32 [B, L], the real ones of a row first, padding after them
     positions: int32 [B, 3, L]
-    mask: bool [B, L], False for padding
+    slots: int32 [B, L], where the tokens stand here, in the order in which they came
     features: int32 [B, L], which feature of the packed vision a visual token takes; -1 for text
     vision: None for text alone
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    mask: np.ndarray
+    slots: np.ndarray
     features: np.ndarray
     vision: PackedVision | None
 
@@ -101,18 +101,18 @@ def pack(
     packed = PackedConversations(
         tokens=np.zeros(shape, np.int32),
         positions=np.zeros((shape[0], 3, shape[1]), np.int32),
-        mask=np.zeros(shape, bool),
+        slots=np.zeros(shape, np.int32),
         features=np.full(shape, -1, np.int32),
         vision=None,
     )
-    packed.tokens[:rows, :length] = tokens
-    packed.mask[:rows, :length] = mask
+    packed.slots[:rows, :length] = np.argsort(np.argsort(~mask, axis=1, kind="stable"), axis=1)
     image_queue, video_queue, seconds_queue = iter(images), iter(videos), iter(seconds)
     for row in range(rows):
         real = tokens[row, mask[row]]
         grids, kinds = visuals_in_order(real, config, image_queue, video_queue)
         durations = [next(seconds_queue) for kind in kinds if kind == config.video_token_id]
-        packed.positions[row, :, :length][:, mask[row]] = sequence_positions(real, config, grids, durations)
+        packed.tokens[row, : len(real)] = real
+        packed.positions[row, :, : len(real)] = sequence_positions(real, config, grids, durations)
     unused = len(list(image_queue)) + len(list(video_queue))
     if unused:
         raise InputError(f"{unused} images or videos have no tokens in input_ids")
@@ -121,7 +121,8 @@ def pack(
     # Images first, then videos: each kind of token takes its features in order.
     pixels = [np.asarray(part) for part, grids in ((pixel_values, images), (pixel_values_videos, videos)) if grids]
     vision, order = pack_vision(config.vision, pixels, images + videos)
-    is_image, is_video = (packed.mask & (packed.tokens == t) for t in (config.image_token_id, config.video_token_id))
+    real = np.arange(shape[1]) < np.pad(mask.sum(1), (0, shape[0] - rows))[:, None]
+    is_image, is_video = (real & (packed.tokens == t) for t in (config.image_token_id, config.video_token_id))
     count = is_image.sum()
     packed.features[is_image], packed.features[is_video] = order[:count], order[count:]
     return packed._replace(vision=vision)

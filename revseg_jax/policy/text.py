@@ -23,7 +23,7 @@ class Prefix(NamedTuple):
 
     Attributes:
       key, value: [layers, B, P, key_heads, head_dim]
-      mask: bool [B, P], False for padding
+      mask: bool [B, P], False for padding, which stands after the real tokens
     """
 
     key: jax.Array
@@ -111,17 +111,16 @@ class Decoder(nnx.Module):
         return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=wide)
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, remat: str = "none"
+        self, x: jax.Array, positions: jax.Array, remat: str = "none"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Runs whole sequences, each causal over its own real tokens.
+        """Runs whole sequences. Padding must stand after the real tokens: none of these sees it then.
 
-        x [B, P, width]; positions int32 [3, B, P]; mask bool [B, P], False for padding, which may stand anywhere.
+        x [B, P, width]; positions int32 [3, B, P].
         Returns the final-normed hidden [B, P, width] and keys, values [layers, B, P, key_heads, head_dim].
         """
-        segments = mask.astype(jnp.int32)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array, _: None) -> jax.Array:
-            return attention(query, key, value, segments, causal=True, choice=self.attention)[0]
+            return attention(query, key, value, None, causal=True, choice=self.attention)[0]
 
         return self._run_layers(x, positions, attend, None, remat)
 

@@ -124,8 +124,8 @@ class VisionTower(nnx.Module):
         # Said before the first block too: the compiler would rather spread the patches' pixels over the devices.
         patches = constrain(self.attention.placement, patches, "prompts")
         x = constrain(self.attention.placement, self.patch_embed("mtp,pd->mtd", patches), "prompts")[:, layout.gather]
-        segments = layout.real.astype(np.int32)
-        x = self._run_blocks(x, np.cos(angles)[None], np.sin(angles)[None], segments[None], remat)
+        segments = None if layout.real.all() else layout.real[None].astype(np.int32)
+        x = self._run_blocks(x, np.cos(angles)[None], np.sin(angles)[None], segments, len(layout.real), remat)
         return self.merger(x)[:, layout.scatter]
 
     def packed(self, patches: jax.Array, places: jax.Array, segments: jax.Array, remat: str = "none") -> jax.Array:
@@ -137,13 +137,15 @@ class VisionTower(nnx.Module):
         """
         angles = vision_angles(self.config, places.reshape(len(places), -1, 2))
         x = self.patch_embed("mtp,pd->mtd", patches.reshape(len(patches), -1, patches.shape[-1]))
-        return self.merger(self._run_blocks(x, jnp.cos(angles), jnp.sin(angles), segments, remat))
+        return self.merger(self._run_blocks(x, jnp.cos(angles), jnp.sin(angles), segments, segments.shape[1], remat))
 
-    def _run_blocks(self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, remat: str) -> jax.Array:
+    def _run_blocks(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array | None, windows: int, remat: str
+    ) -> jax.Array:
         """x [rows, windows * slots, width]; cos, sin [rows or 1, windows * slots, head_dim]; segments int32 [rows or 1,
-        windows, slots]. Returns the same shape as x."""
-        windows = segments.shape[1]
-        segments = jnp.broadcast_to(segments, (len(x), *segments.shape[1:]))
+        windows, slots], None where a row is one slice without padding. Returns the same shape as x."""
+        if segments is not None:
+            segments = jnp.broadcast_to(segments.reshape(len(segments), -1), x.shape[:2])
         graphdef, stacked = nnx.split(self.blocks)
         is_full = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
 
@@ -152,8 +154,8 @@ class VisionTower(nnx.Module):
 
             def attend(*parts: jax.Array) -> jax.Array:
                 if windows == 1:
-                    return attention(*parts, segments[:, 0], choice=self.attention)[0]
-                return windowed_attention(*parts, segments, full, self.attention)
+                    return attention(*parts, segments, choice=self.attention)[0]
+                return windowed_attention(*parts, segments, full, windows, self.attention)
 
             x = constrain(self.attention.placement, x, "prompts")
             return nnx.merge(graphdef, state)(x, cos, sin, attend), None
