@@ -173,18 +173,19 @@ def test_kernels_equal_plain_attention(name, causal, segmented):
 
 
 def test_the_choice_by_platform(monkeypatch):
-    def chosen(platform, dtype=jnp.bfloat16, length=1024, width=80, devices=1):
+    def chosen(platform, dtype=jnp.bfloat16, length=1024, width=80, devices=1, segmented=True):
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        return AttentionChoice().resolve(dtype, length, width)
+        return AttentionChoice().resolve(dtype, length, width, segmented)
 
     assert chosen("cpu") == "xla"
     assert chosen("gpu") == "cudnn" and chosen("gpu", devices=8) == "cudnn"
     assert {chosen("gpu", jnp.float32), chosen("gpu", length=1023), chosen("gpu", width=12)} == {"xla"}
+    assert chosen("gpu", length=1023, segmented=False) == "cudnn"
     assert chosen("tpu") == "splash" and chosen("tpu", jnp.float32) == "splash"
     assert chosen("tpu", devices=4) == "xla"  # a kernel of one device: on several it needs the mesh
     assert {chosen("gpu", length=64), chosen("tpu", length=64)} == {"xla"}  # windows
-    assert AttentionChoice("splash").resolve(jnp.float32, 8, 8) == "splash"
+    assert AttentionChoice("splash").resolve(jnp.float32, 8, 8, segmented=True) == "splash"
     with pytest.raises(InputError, match="attention=flash is not one of auto, xla, cudnn, splash"):
         AttentionChoice("flash")
     used = []
