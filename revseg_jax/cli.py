@@ -69,6 +69,12 @@ def spare_absent_tpus() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return int(text)
+
+
 def parser() -> Parser:
     root = Parser(prog="revseg", description="Reasoning video object segmentation, trained by reinforcement learning.")
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -106,7 +112,7 @@ def parser() -> Parser:
     evaluate.add_argument("--benchmarks", default="all", help="names with commas between (default: all with data)")
     evaluate.add_argument("--out", required=True, help="folder for predictions and results; it is gone on with")
     evaluate.add_argument("--sampled", action="store_true", help="draw answers as rollout.* says, not greedily")
-    evaluate.add_argument("--workers", type=int, default=0, help="processes that score (default: one a core)")
+    evaluate.add_argument("--workers", type=count, default=0, help="processes that score (default: one a core)")
     configurable(evaluate)
 
     reproduce = command("reproduce", run_reproduce, "Run one of the paper's ablations in small, on synthetic clips.")
@@ -121,7 +127,7 @@ def parser() -> Parser:
     score.add_argument("--benchmark", required=True)
     score.add_argument("--data", action="append", default=[], required=True, help="prepared folder of the benchmark")
     score.add_argument("--submission", metavar="ZIP", help="check the files and write the zip for the server")
-    score.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    score.add_argument("--workers", type=count, default=0, help="processes (default: one a core)")
 
     prepare = command("prepare", run_prepare, "Turn a downloaded dataset into clips that stream into training.")
     prepare.add_argument("dataset", help="ref_youtube_vos, ref_davis17, mevis, revos, lv_vis, reason_vos, reason_seg, "
@@ -130,7 +136,7 @@ def parser() -> Parser:
     prepare.add_argument("--out", required=True, help="new folder of array_record files")
     prepare.add_argument("--split", action="append", default=[], help="may be repeated (default: all there are)")
     prepare.add_argument("--strict", action="store_true", help="stop at the first problem in the data")
-    prepare.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    prepare.add_argument("--workers", type=count, default=0, help="processes (default: one a core)")
     prepare.add_argument("--difficulty", default="easy", help="synthetic: easy, medium or hard")
     prepare.add_argument("--clips", type=int, nargs=2, default=(400, 96), metavar=("TRAIN", "TEST"), help="synthetic")
     prepare.add_argument("--seed", type=int, default=0, help="synthetic")
@@ -159,7 +165,7 @@ def parser() -> Parser:
     sidecar.add_argument("--checkpoint", default="embedded")
     sidecar.add_argument("--config", default="embedded")
     sidecar.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    sidecar.add_argument("--threads", type=int, default=None)
+    sidecar.add_argument("--threads", type=count, default=None)
     sidecar.add_argument("--tls-certificate", metavar="PEM", help="serve TLS; with --check: the certificate to show")
     sidecar.add_argument("--tls-key", metavar="PEM", help="key of that certificate")
     sidecar.add_argument("--tls-client-ca", metavar="PEM", help="serve only clients with a certificate it signed")
@@ -240,8 +246,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=options.data))
     from revseg_jax import evaluate
 
-    if not options.config:
-        config = evaluate.spoken_chain(config, options.overrides)
+    config = evaluate.spoken_chain(config, options.config or [], options.overrides)
     evaluate.main(config, options.benchmarks.split(","), options.out, options.sampled, options.workers)
 
 
@@ -323,7 +328,7 @@ def run_sidecar(options: argparse.Namespace) -> None:
             options.checkpoint,
             options.config,
             options.device,
-            threads=options.threads,
+            threads=options.threads or None,
             parent=options.parent,
             tls=tls,
             token=token,

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -235,11 +238,20 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
             OmegaConf.set_readonly(node, False)  # frozen dataclasses give read-only nodes, and merging writes
         for path in paths:
             tree = OmegaConf.merge(tree, OmegaConf.load(io.StringIO(path_of(path).read_text("utf-8"))))
-        path = paths[0] if len(paths) == 1 else None
+        path = None
         for override in overrides:
             if "=" not in override:
                 raise InputError(f"{override!r} is not an option of the form key=value")
+            try:
+                OmegaConf.from_dotlist([override])
+            except yaml.YAMLError as error:
+                raise InputError(f"{override!r}: its value is not valid YAML: {yaml_fault(error)}") from None
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        path = paths[0] if len(paths) == 1 else None
+        if OmegaConf.is_missing(tree.run, "dir"):
+            raise InputError("run.dir is missing: add run.dir=FOLDER")
+        if tree.learner.kl == "False":  # as YAML reads an off without quotes
+            tree.learner.kl = "off"
         config = OmegaConf.to_object(tree)
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist") from None
@@ -247,12 +259,49 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
         where = f"{path}: " if path is not None else ""
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise InputError(f"{where}{key}{str(error).splitlines()[0]}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not valid YAML: {yaml_fault(error)}") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"config file {path}: {str(error).splitlines()[0]}") from None
     check(config)
     return config
+
+
+def named_fields(section: str, paths: Sequence[str | Path], overrides: Sequence[str]) -> set[str]:
+    """The fields of a section that YAML files or `key=value` overrides, which `load_config` has accepted, give."""
+    files = [OmegaConf.load(io.StringIO(path_of(path).read_text("utf-8"))) for path in paths]
+    given = {str(key) for file in files for key in file.get(section) or ()}
+    keys = (override.partition("=")[0] for override in overrides)
+    return given | {key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")}
+
+
+def yaml_fault(error: yaml.YAMLError) -> str:
+    """In one line, as YAML's own messages are not."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
+
+
+AT_LEAST_ONE = (
+    "chain.frames", "chain.frame_size", "chain.keyframe_size", "chain.query_tokens", "chain.turn1_tokens",
+    "chain.turn2_prompt_tokens", "chain.turn2_tokens", "rollout.prompts_per_step", "rollout.group_size",
+    "learner.epochs", "learner.minibatches", "learner.logprob_chunk", "learner.max_bad_steps", "run.checkpoint_every",
+    "run.keep_checkpoints",
+)  # fmt: skip
+ABOVE_ZERO = (
+    "chain.fps", "tracker.deadline_seconds", "learner.learning_rate", "learner.max_gradient_norm",
+    "learner.ppo.learning_rate",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "run.seed", "run.steps", "run.keep_best", "run.evaluate_every", "run.traces_every", "data.test_clips",
+    "data.workers", "tracker.threads", "tracker.patience", "rollout.prompts_per_batch", "rollout.temperature",
+    "rollout.top_k", "rollout.resample_limit", "rewards.format", "rewards.temporal", "rewards.spatial", "rewards.mask",
+    "rewards.mask_frames", "rewards.overlong_tokens", "rewards.overlong_penalty", "learner.warmup_steps",
+    "learner.weight_decay", "learner.clip_low", "learner.clip_high", "learner.importance_cap",
+    "learner.kl_coefficient", "learner.entropy_coefficient", "learner.prompts_per_microbatch",
+    "learner.ppo.value_coefficient", "learner.ppo.value_clip",
+)  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -279,21 +328,19 @@ def check(config: Config) -> None:
     for (key, value), allowed in choices.items():
         if value not in allowed:
             raise InputError(f"{key}={value} is not one of {', '.join(map(str, allowed))}")
-    positive = {
-        "rollout.prompts_per_step": config.rollout.prompts_per_step,
-        "rollout.group_size": config.rollout.group_size,
-        "chain.frames": config.chain.frames,
-        "chain.turn1_tokens": config.chain.turn1_tokens,
-        "chain.turn2_tokens": config.chain.turn2_tokens,
-        "learner.epochs": config.learner.epochs,
-        "learner.minibatches": config.learner.minibatches,
-        "learner.max_bad_steps": config.learner.max_bad_steps,
-        "run.checkpoint_every": config.run.checkpoint_every,
-        "run.keep_checkpoints": config.run.keep_checkpoints,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise InputError(f"{key}={value} must be at least 1")
+    for keys, fits, wanted in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
+        (ABOVE_ZERO, lambda value: 0 < value < math.inf, "be a number above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "not be negative"),
+    ):
+        for key in keys:
+            value = attrgetter(key)(config)
+            if not fits(value):  # nan fits nothing
+                raise InputError(f"{key}={value:g} must {wanted}")
+    if config.run.seed >= 2**32:
+        raise InputError(f"run.seed={config.run.seed} must be below {2**32}")
+    if not 0 < config.rollout.top_p <= 1:
+        raise InputError(f"rollout.top_p={config.rollout.top_p:g} must be above 0 and at most 1")
     prompts = config.rollout.prompts_per_step
     for key, part in (
         ("rollout.prompts_per_batch", config.rollout.prompts_per_batch),
@@ -316,19 +363,6 @@ def check(config: Config) -> None:
 def check_learner(config: Config) -> None:
     """The part of `check` that is about updates."""
     learner, rewards = config.learner, config.rewards
-    for key, value in (
-        ("run.keep_best", config.run.keep_best),
-        ("run.evaluate_every", config.run.evaluate_every),
-        ("rollout.resample_limit", config.rollout.resample_limit),
-        ("rewards.overlong_tokens", rewards.overlong_tokens),
-        ("rewards.overlong_penalty", rewards.overlong_penalty),
-        ("learner.importance_cap", learner.importance_cap),
-        ("learner.entropy_coefficient", learner.entropy_coefficient),
-        ("learner.kl_coefficient", learner.kl_coefficient),
-        ("learner.ppo.value_clip", learner.ppo.value_clip),
-    ):
-        if value < 0:
-            raise InputError(f"{key}={value} must not be negative")
     for key, value in (("discount", learner.ppo.discount), ("gae_lambda", learner.ppo.gae_lambda)):
         if not 0 <= value <= 1:
             raise InputError(f"learner.ppo.{key}={value} must lie between 0 and 1")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from revseg_jax.config import Config
+from revseg_jax.config import Config, named_fields
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
@@ -18,7 +18,7 @@ from revseg_jax.evaluation.protocols import Row, rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
 from revseg_jax.evaluation.table import markdown, terminal
-from revseg_jax.policy.checkpoint import read_chain, resolve_folder
+from revseg_jax.policy.checkpoint import policy_digest, read_chain, resolve_folder
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
 
@@ -63,20 +63,21 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
     return rows
 
 
-def spoken_chain(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with the chain of the policy's own chain.yaml, where it has one, but for `chain.*=` overrides."""
+def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The config with the chain of the policy's own chain.yaml, where it has one, but for those of its fields that the
+    YAML files and overrides name."""
     spoken = read_chain(resolve_folder(config.policy.path))
     if spoken is None:
         return config
-    named = [text.partition("=")[0].removeprefix("chain.") for text in overrides if text.startswith("chain.")]
-    changed = {name: getattr(config.chain, name) for name in named}
+    changed = {name: getattr(config.chain, name) for name in named_fields("chain", paths, overrides)}
     return dataclasses.replace(config, chain=dataclasses.replace(spoken, **changed))
 
 
 def _settings(config: Config, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:
-    """All that decides a prediction. The data by its content: folders may be moved."""
+    """All that decides a prediction. Policy and data by their content: folders may be moved, or written anew."""
+    policy = config.policy
     settings = {
-        "policy": dataclasses.asdict(config.policy),
+        "policy": [policy_digest(policy.path), policy.dtype, policy.param_dtype],
         "chain": dataclasses.asdict(config.chain),
         "tracker": [config.tracker.checkpoint, config.tracker.config, list(config.tracker.endpoints)],
         "sampling": dataclasses.asdict(config.rollout) | {"seed": config.run.seed} if sampled else "greedy",

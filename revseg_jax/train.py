@@ -61,6 +61,8 @@ def main(config: Config) -> None:
     if config.run.deterministic:
         use_deterministic_kernels()
     needs_tracker = weights_from(config.rewards).mask > 0 or config.run.evaluate_every > 0
+    if config.tracker.endpoints and not needs_tracker and leads():
+        print("tracker.endpoints will not be asked: rewards.mask and run.evaluate_every are 0", file=sys.stderr)
     with failing_together(), tracker_client(config) if needs_tracker else nullcontext() as client:
         state = train(config, load_engine(config), client)
         # Of several processes none has all parameters.

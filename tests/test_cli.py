@@ -1,5 +1,8 @@
 """The command as a user types it: exit codes and one-line errors."""
 
+import dataclasses
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,8 @@ from revseg_jax import config as configuration
 from revseg_jax.cli import load, main, parser
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
-from revseg_jax.policy.checkpoint import load_policy
+from revseg_jax.evaluate import spoken_chain
+from revseg_jax.policy.checkpoint import load_policy, policy_digest, resolve_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = str(CONFIGS / "demo.yaml")
@@ -31,6 +35,9 @@ def failing(capsys, *arguments: str) -> tuple[int, str]:
         (["train", "--config", DEMO, "rewards.preset=best"], "rewards.preset=best"),
         (["train", "--config", DEMO, "rollout.prompts_per_step=5", "rollout.prompts_per_batch=2"], "must divide"),
         (["train", "--config", DEMO, "nonsense"], "key=value"),
+        (["train", "--config", DEMO, "data.train=[a"], "'data.train=[a': its value is not valid YAML"),
+        (["train"], "add run.dir=FOLDER"),
+        (["score", "DIR", "--benchmark", "mevis", "--data", "DATA", "--workers", "-1"], "--workers: -1"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", DEMO, "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--config", DEMO, "policy.path=/nowhere", "data.train=[/nowhere]", "rewards.mask=0"], "/nowhere"),
@@ -47,6 +54,54 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, words):
     assert code == 2
     assert len(lines) == 1 and words in lines[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("text", "words"), [("run:\n\tsteps: 5\n", "line 2"), ("run: [a)\n", "line 2: expected")])
+def test_a_file_that_is_not_yaml_is_named_with_its_line(capsys, tmp_path, text, words):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    code, err = failing(capsys, "train", "--config", str(path))
+    assert code == 2 and err.startswith(f"revseg: error: config file {path} is not valid YAML: {words}")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_bad_override_does_not_blame_the_file(capsys):
+    _, err = failing(capsys, "train", "--config", DEMO, "learner.learning_rat=1")
+    assert "learning_rat" in err and DEMO not in err
+
+
+def test_off_needs_no_quotes(tmp_path):
+    path = tmp_path / "off.yaml"
+    path.write_text("learner:\n  kl: off\n")
+    for paths, overrides in (([DEMO], ["learner.kl=off"]), ([DEMO, path], [])):
+        assert load_config(paths, ["run.dir=somewhere", *overrides]).learner.kl == "off"
+
+
+def test_evaluation_speaks_as_the_policy_was_taught_but_for_what_is_named(tmp_path):
+    sidecars, frames = tmp_path / "sidecars.yaml", tmp_path / "frames.yaml"
+    sidecars.write_text("tracker:\n  endpoints: ['host:1']\n")
+    frames.write_text("chain:\n  frames: 6\n")
+    taught = load_policy("embedded").chain
+
+    def chain(paths, overrides):
+        overrides = ["run.dir=somewhere", *overrides]
+        return spoken_chain(load_config(paths, overrides), paths, overrides).chain
+
+    assert chain([sidecars], []) == taught
+    assert chain([sidecars, frames], ["chain.fps=3"]) == dataclasses.replace(taught, frames=6, fps=3.0)
+
+
+def test_a_policys_digest_is_of_its_content(tmp_path):
+    policy = resolve_folder("embedded")
+    for name in ("here", "moved", "other"):
+        shutil.copytree(policy, tmp_path / name)
+    with open(tmp_path / "other/model.safetensors", "r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        last = weights.read()[0]
+        weights.seek(-1, os.SEEK_END)
+        weights.write(bytes([last ^ 1]))
+    here, moved, other = (policy_digest(tmp_path / name) for name in ("here", "moved", "other"))
+    assert here == moved == policy_digest(f"{tmp_path / 'here'}/") == policy_digest("embedded") != other
 
 
 def test_help_answers_without_loading_anything_heavy():
@@ -82,6 +137,17 @@ def test_the_demo_speaks_as_the_embedded_policy_was_taught():
     "overrides",
     [
         ["chain.frames=7"],
+        ["chain.fps=0"],
+        ["chain.frame_size=0"],
+        ["data.test_clips=-1"],
+        ["run.seed=-1"],
+        ["run.seed=99999999999999999999"],
+        ["rollout.temperature=-1"],
+        ["rollout.top_p=0"],
+        ["rollout.prompts_per_batch=-4"],
+        ["learner.prompts_per_microbatch=-4"],
+        ["learner.learning_rate=nan"],
+        ["learner.logprob_chunk=0"],
         ["rollout.group_size=0"],
         ["rollout.group_size=1"],
         ["rewards.overlong_tokens=31"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import os
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from flax import nnx
 from jax.sharding import Mesh
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from revseg_jax.config import AxesConfig, ChainConfig, to_yaml
+from revseg_jax.config import AxesConfig, ChainConfig, to_yaml, yaml_fault
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.parallel.sharding import Placement, place
 from revseg_jax.paths import is_remote, local_copy, path_of, upload
@@ -97,6 +99,17 @@ def resolve_folder(path: str | Path) -> Path:
     return local_copy(folder) if folder.is_dir() else folder
 
 
+def policy_digest(path: str | Path) -> str:
+    """16 hex digits over a policy folder's config, tokenizer and weights, byte by byte."""
+    folder = resolve_folder(path)
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *(folder / name for name in ("config.json", "tokenizer.json"))]):
+        if file.is_file():
+            with open(file, "rb") as content:
+                digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def load_policy(
     folder: str | Path,
     dtype: str = "float32",
@@ -151,6 +164,8 @@ def read_chain(folder: Path) -> ChainConfig | None:
         return None
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ChainConfig), OmegaConf.load(path)))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {yaml_fault(error)}") from None
     except (OmegaConfBaseException, OSError, ValueError) as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
 
