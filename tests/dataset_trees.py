@@ -93,11 +93,11 @@ def ref_youtube_vos(root: Path) -> Path:
 
 
 DAVIS_NAMES = [f"{t:05d}" for t in range(3)]
-DAVIS_OBJECTS = {1: moving(3, 2, 4), 2: moving(3, 20, 30)}
+DAVIS_OBJECTS = {1: moving(3, 2, 4), 2: moving(3, 20, 30), 3: moving(3, 40, 10)}
 
 
 def ref_davis17(root: Path) -> Path:
-    """Two objects, four annotators each, object by object; void pixels of 255."""
+    """Two objects, four annotators each, object by object; a third that nobody names; void pixels of 255."""
     expressions = {str(n): {"exp": f"object {n // 4} by {n % 4}", "obj_id": str(n // 4 + 1)} for n in range(8)}
     for split in ("train", "valid"):
         content = {"videos": {"blackswan": {"expressions": expressions, "frames": DAVIS_NAMES}}}

@@ -70,6 +70,13 @@ def test_a_bad_override_does_not_blame_the_file(capsys):
     assert "learning_rat" in err and DEMO not in err
 
 
+def test_sidecars_that_nobody_will_ask_are_said(capsys, tmp_path):
+    words = ["train", "--config", DEMO, f"run.dir={tmp_path / 'run'}", "data.train=[/nowhere]"]
+    words.append("tracker.endpoints=[host:1]")
+    assert "tracker.endpoints will not be asked" in failing(capsys, *words, "rewards.mask=0")[1]
+    assert "tracker.endpoints" not in failing(capsys, *words)[1]
+
+
 def test_off_needs_no_quotes(tmp_path):
     path = tmp_path / "off.yaml"
     path.write_text("learner:\n  kl: off\n")

@@ -19,8 +19,9 @@ from PIL import Image
 from revseg_jax import evaluate
 from revseg_jax.chain.parsing import parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.cli import main
-from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.clip import decode_mask, encode_mask
 from revseg_jax.data.prepare import prepare
+from revseg_jax.data.records import VOID, VideoExpression, VideoTruth
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
@@ -30,7 +31,7 @@ from revseg_jax.evaluation.chains import failure_cause
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
 from revseg_jax.evaluation.protocols import Row, rows_of
-from revseg_jax.evaluation.scoring import ExpressionScore, VideoScores, score_benchmark
+from revseg_jax.evaluation.scoring import ExpressionScore, VideoScores, score_benchmark, score_video
 from revseg_jax.evaluation.submission import check_submission, write_submission
 from revseg_jax.rollout.chains import Rollout
 
@@ -92,12 +93,21 @@ def jf(masks: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return 100 * region_similarity(masks, truth).mean(), 100 * contour_accuracy(masks, truth).mean()
 
 
-@pytest.mark.parametrize("name", ["ref_davis17", "mevis_valid_u", "revos", "reason_vos", "reason_seg_val"])
+@pytest.mark.parametrize("name", ["mevis_valid_u", "revos", "reason_vos", "reason_seg_val"])
 def test_the_truth_scores_100(tmp_path, data, name):
     write_all(data, name, tmp_path)
     for row in rows(data, name, tmp_path).values():
         assert row.missing == 0 and {row.j, row.f, row.jf} <= {100, None}
         assert all(value == pytest.approx(100, abs=1e-3) for value in row.others.values())
+
+
+def test_an_object_of_davis_that_nobody_names_is_not_found(tmp_path, data):
+    """Two of three objects are perfect in (a); (b) knows expressions only."""
+    write_all(data, "ref_davis17", tmp_path)
+    found = rows(data, "ref_davis17", tmp_path)
+    a, b = found["Ref-DAVIS17 (a)"], found["Ref-DAVIS17 (b)"]
+    assert (a.j, a.f, a.jf) == pytest.approx((200 / 3,) * 3) and a.missing == 0
+    assert (b.j, b.f, b.jf) == (100, 100, 100) and b.expressions == 8
 
 
 def test_mean_over_frames_then_over_expressions(tmp_path, data):
@@ -170,7 +180,7 @@ def test_other_peoples_images(tmp_path, data):
 def test_davis_protocols(tmp_path, data):
     """Annotator 0 swaps the objects: fatal for each expression, repaired by the matching of the merged masks.
     Annotator 1's second mask covers both objects: where masks overlap the first wins, which makes it right.
-    Annotator 3 does not find the second object.
+    Annotator 3 does not find the second object. The third has no expression: nobody finds it.
     Void pixels count for (b) only."""
     objects = [np.stack(trees.DAVIS_OBJECTS[k]) for k in (1, 2)]
 
@@ -186,7 +196,7 @@ def test_davis_protocols(tmp_path, data):
 
     written = write_all(data, "ref_davis17", tmp_path, change)
     found = rows(data, "ref_davis17", tmp_path)
-    assert found["Ref-DAVIS17 (a)"].jf == pytest.approx((100 + 100 + 100 + 50) / 4)
+    assert found["Ref-DAVIS17 (a)"].jf == pytest.approx((200 + 200 + 200 + 100) / 3 / 4)
     truth = truths(data, "ref_davis17")
     j, f = np.mean([jf(masks, truth[key]) for key, masks in written.items()], axis=0)
     assert (found["Ref-DAVIS17 (b)"].j, found["Ref-DAVIS17 (b)"].f) == pytest.approx((j, f))
@@ -208,6 +218,18 @@ def test_reason_seg(tmp_path, data):
     assert row.expressions == 2 and row.j is None
     assert row.others["gIoU"] == pytest.approx(100 * (area / scored + 1) / 2)
     assert row.others["cIoU"] == pytest.approx(100 * 2 * area / (scored + area))
+
+
+def test_a_missing_prediction_has_no_ignored_pixels_either(tmp_path):
+    """An absent image and an empty one add the same to the union of cIoU."""
+    target, void = trees.box(4, 4, 20), trees.box(14, 4, 20)
+    objects = {"target": [encode_mask(target)], VOID: [encode_mask(void)]}
+    truth = VideoTruth("1", HEIGHT, WIDTH, ("1",), objects, [VideoExpression("0", "it", "reasoning", (0,))])
+    write_prediction(prediction_folder(tmp_path / "empty", "1", "0"), ("1",), np.zeros((1, HEIGHT, WIDTH), bool))
+    benchmark = BENCHMARKS["reason_seg_val"]
+    scores = [score_video(truth, benchmark, tmp_path / name).expressions[0] for name in ("absent", "empty")]
+    assert [score.missing for score in scores] == [True, False]
+    assert [score.union for score in scores] == [10 * 20] * 2
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, data):
@@ -312,10 +334,15 @@ GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</
     [
         ("nothing", None, "turn 1: no answer tag"),
         ("<answer>it is red</answer>", None, "turn 1: bad JSON"),
+        ('<answer>[{"frame": 1, "description": "it"}]</answer>', None, "turn 1: JSON object of another form"),
+        ("<answer>{'frame': 1}</answer>", None, "turn 1: JSON object of another form"),
+        ("<answer>[1]</answer>", None, "turn 1: bad JSON"),
+        ('{"frame": 1}', None, "turn 1: no answer tag"),
         (GOOD.replace("1", "9"), None, "turn 1: keyframe out of range"),
         (GOOD.replace('"it"', '""'), None, "turn 1: no text under 'object description'"),
         (GOOD, "there", "turn 2: no answer tag"),
         (GOOD, "<answer>here</answer>", "turn 2: bad JSON"),
+        (GOOD, '<answer>[{"bbox_2d": [1, 2, 3]}]</answer>', "turn 2: JSON object of another form"),
         (GOOD, '<answer>[{"bbox_2d": [5, 5, 3, 9]}]</answer>', "turn 2: not x1 < x2 and y1 < y2 in finite numbers"),
     ],
 )
@@ -402,5 +429,5 @@ def test_frames_at_test_time_are_the_users_choice():
     from revseg_jax.config import load_config
 
     overrides = ["run.dir=.", "chain.frames=12"]
-    config = evaluate.spoken_chain(load_config(None, overrides), overrides)
+    config = evaluate.spoken_chain(load_config(None, overrides), [], overrides)
     assert config.chain.frames == 12 and config.chain.frame_size == 112  # the embedded policy's own size

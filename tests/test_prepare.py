@@ -25,9 +25,9 @@ from revseg_jax.config import ChainConfig
 from revseg_jax.data import writer
 from revseg_jax.data.clip import decode_mask
 from revseg_jax.data.datasets.listing import Problem
-from revseg_jax.data.datasets.masks import run_length_masks, run_lengths
+from revseg_jax.data.datasets.masks import polygon_masks, run_length_masks, run_lengths
 from revseg_jax.data.pipeline import training_steps
-from revseg_jax.data.prepare import prepare
+from revseg_jax.data.prepare import VERSION, prepare
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import FOREGROUND, VOID
 from revseg_jax.data.source import ClipSource
@@ -82,8 +82,11 @@ def test_ref_davis17(tmp_path):
     assert [clip.query for clip in clips] == [f"object {n // 4} by {n % 4}" for n in range(8)]
     for n, clip in enumerate(clips):
         assert_masks(clip, union(trees.DAVIS_OBJECTS[n // 4 + 1]))
-    void = source.video(0).objects[VOID]
-    assert decode_mask(void[0], HEIGHT, WIDTH).tolist() == trees.box(60, 20, 6).tolist()
+    video = source.video(0)
+    assert decode_mask(video.objects[VOID][0], HEIGHT, WIDTH).tolist() == trees.box(60, 20, 6).tolist()
+    assert list(video.objects) == ["1", "2", "3", VOID]
+    for rle, mask in zip(video.objects["3"], trees.DAVIS_OBJECTS[3], strict=True):
+        np.testing.assert_array_equal(decode_mask(rle, HEIGHT, WIDTH), mask)
 
 
 def test_mevis(tmp_path):
@@ -93,6 +96,28 @@ def test_mevis(tmp_path):
     video = source.video(0)
     assert list(video.objects) == ["4", "17", "23"] and video.objects["17"][1] is None
     assert [e.objects for e in video.expressions] == [(0, 1), (2,)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["0", "1", "10", "2"], ["b", "a", "d", "c"], ["00003", "00002", "00001", "00000"]],
+)
+def test_masks_follow_their_frames(tmp_path, names):
+    """Frames are sorted; masks stand in the order of the file's own list, whatever that is."""
+    root, masks = tmp_path / "in", {name: trees.box(5 + 10 * n, 4) for n, name in enumerate(names)}
+    video, rles = "a/v", [trees.rle(masks[name]) for name in names]
+    expressions = {"0": {"exp": "it", "anno_id": [1]}}
+    content = {"videos": {video: {"expressions": expressions, "frames": names}}}
+    trees.write_json(root / "meta_expressions_valid_.json", content)
+    trees.write_json(root / "mask_dict.json", {"1": rles})
+    trees.write_json(root / "mask_dict_foreground.json", {video: {"masks_rle": rles}})
+    trees.frames_in(root / "JPEGImages" / video, names)
+    _, clips, source = prepared_clips("revos", lambda root: root, tmp_path, "valid")
+    expected = sorted(names, key=lambda name: (len(name), name))
+    assert_frames(clips[0], root / "JPEGImages" / video, expected)
+    assert_masks(clips[0], [masks[name] for name in expected])
+    for rle, name in zip(source.video(0).objects[FOREGROUND], expected, strict=True):
+        np.testing.assert_array_equal(decode_mask(rle, HEIGHT, WIDTH), masks[name])
 
 
 def test_mevis_valid_has_no_truth(tmp_path):
@@ -129,6 +154,70 @@ def test_reason_vos(tmp_path):
     assert [(clip.expression_id, clip.query) for clip in clips] == [("2", "who wins?"), ("1", "who loses?")]
     assert_masks(clips[0], union(MEVIS_OBJECTS["17"]))
     assert_masks(clips[1], union(MEVIS_OBJECTS["4"]))
+
+
+def test_reason_vos_with_two_expressions_of_one_object(tmp_path):
+    """Every expression of that video has its own id, which is not another one's object."""
+
+    def tree(root: Path) -> Path:
+        trees.reason_vos(root)
+        pairs = [(2, 0), (2, 1), (1, 2)]
+        expressions = [{"obj_id": obj, "exp_id": number, "exp_text": f"{obj} {number}"} for obj, number in pairs]
+        content = {"videos": {"race": {"source": "MeViS", "expressions": expressions}}}
+        trees.write_json(root / "meta_expressions.json", content)
+        return root
+
+    _, clips, source = prepared_clips("reason_vos", tree, tmp_path, "test")
+    assert [(clip.expression_id, clip.query) for clip in clips] == [("0", "2 0"), ("1", "2 1"), ("2", "1 2")]
+    assert_masks(clips[1], union(MEVIS_OBJECTS["17"]))
+    assert_masks(clips[2], union(MEVIS_OBJECTS["4"]))
+
+
+def square(x: int, y: int, side: int) -> list[tuple[int, int]]:
+    """Corners of a polygon that covers side x side pixels."""
+    return [(x, y), (x + side - 1, y), (x + side - 1, y + side - 1), (x, y + side - 1)]
+
+
+@pytest.mark.parametrize("big", ["target", "ignore"])
+@pytest.mark.parametrize("big_first", [True, False])
+def test_reason_seg_paints_small_polygons_over_large_ones(tmp_path, big, big_first):
+    """A target in a region to ignore stays a target, and the other way round."""
+    small = "ignore" if big == "target" else "target"
+
+    def tree(root: Path) -> Path:
+        trees.frames_in(root / "val", ["1"])
+        shapes = [{"label": big, "points": square(4, 4, 36)}, {"label": small, "points": square(14, 14, 10)}]
+        content = {"text": ["it"], "shapes": shapes if big_first else shapes[::-1]}
+        trees.write_json(root / "val/1.json", content)
+        return root
+
+    _, clips, source = prepared_clips("reason_seg", tree, tmp_path, "val")
+    inner = trees.box(14, 14, 10)
+    masks = {big: trees.box(4, 4, 36) & ~inner, small: inner}
+    assert_masks(clips[0], [masks["target"]])
+    np.testing.assert_array_equal(decode_mask(source.video(0).objects[VOID][0], HEIGHT, WIDTH), masks["ignore"])
+
+
+def test_reason_seg_leaves_out_nothing_but_flags(tmp_path):
+    def tree(root: Path) -> Path:
+        trees.frames_in(root / "val", ["1"])
+        labels = {"Flag": square(0, 0, 4), "flagpole": square(10, 10, 6), "ignore flag": square(30, 10, 6)}
+        shapes = [{"label": label, "points": points} for label, points in labels.items()]
+        trees.write_json(root / "val/1.json", {"text": ["it"], "shapes": shapes})
+        return root
+
+    _, clips, source = prepared_clips("reason_seg", tree, tmp_path, "val")
+    assert_masks(clips[0], [trees.box(10, 10, 6)])
+    void = decode_mask(source.video(0).objects[VOID][0], HEIGHT, WIDTH)
+    np.testing.assert_array_equal(void, trees.box(30, 10, 6))
+
+
+def test_polygons_are_measured_inside_the_frame():
+    """The larger polygon has fewer pixels of the frame, so it is painted last."""
+    outside = [(WIDTH - 4, 0), (WIDTH + 99, 0), (WIDTH + 99, HEIGHT), (WIDTH - 4, HEIGHT)]
+    found = polygon_masks([("a", outside), ("b", square(WIDTH - 30, 0, 30))], HEIGHT, WIDTH)
+    assert decode_mask(found["a"][0], HEIGHT, WIDTH).sum() == 4 * HEIGHT
+    assert decode_mask(found["b"][0], HEIGHT, WIDTH).sum() == 26 * 30
 
 
 def test_reason_seg(tmp_path):
@@ -401,7 +490,7 @@ def test_many_processes_write_the_same(tmp_path):
 
 def test_two_commands_at_once_are_refused(tmp_path):
     root = trees.mevis(tmp_path / "in")
-    settings = {"dataset": "mevis", "version": 1, "source": str(root.resolve()), "splits": ["train"]}
+    settings = {"dataset": "mevis", "version": VERSION, "source": str(root.resolve()), "splits": ["train"]}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     work = tmp_path / f".out.{digest}.partial"
     work.mkdir()

@@ -111,6 +111,12 @@ def parse_one_turn(text: str, frames: int) -> tuple[Turn1, Turn2 | None]:
     return turn1, replace(_turn2(layout, _four_values(item), json_credit), in_first=True)
 
 
+def holds_object(text: str) -> bool:
+    """Whether an answer has an object, or a list that begins with one, in its place, whatever its keys are."""
+    found = (value[0] if isinstance(value, list) and value else value for value, _ in _values(_layout(text).content))
+    return any(isinstance(value, dict) for value in found)
+
+
 @dataclass(frozen=True)
 class _Layout:
     think: bool  # exactly one pair, not empty

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from revseg_jax.chain.parsing import holds_object
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.clip import Clip
 from revseg_jax.data.example import Batch, make_example, stack
@@ -56,7 +57,10 @@ def failure_cause(rollout: Rollout) -> str:
     turn, answer = (1, rollout.answer1) if rollout.answer2 is None else (2, rollout.answer2)
     reason = rollout.failure.removeprefix(f"turn {turn}: ")
     if reason in ("no object", "no box"):
-        reason = "bad JSON" if "<answer>" in answer else "no answer tag"
+        if "<answer>" not in answer:
+            reason = "no answer tag"
+        else:
+            reason = "JSON object of another form" if holds_object(answer) else "bad JSON"
     elif reason.startswith("frame_idx is not in"):
         reason = "keyframe out of range"
     return f"turn {turn}: {reason}"

@@ -105,13 +105,14 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
         for position in expression.objects:
             wanted |= objects[order[position]]
         names = truth.video_id, expression.id, expression.kind
+        if benchmark.protocol == "images" and void is not None:
+            wanted &= ~void
+            mask = None if mask is None else mask & ~void
         if mask is None:
             scores.append(ExpressionScore(*names, True, 0.0, 0.0, 0.0, 0, int(wanted.sum())))
             predicted.append(np.zeros_like(wanted))
             continue
         predicted.append(mask)
-        if benchmark.protocol == "images" and void is not None:
-            mask, wanted = mask & ~void, wanted & ~void
         robustness = 0.0
         if foreground is not None:
             wrong = np.count_nonzero(mask & ~wanted, axis=(1, 2))
@@ -143,7 +144,8 @@ def _annotators(
     """Each annotator's expressions as one segmentation, scored like an unsupervised one of DAVIS 2017.
 
     Where masks overlap the first object wins: the argmax over 0.1 for the background and each binary mask. Objects and
-    segments are matched by the assignment with the highest mean J&F.
+    segments are matched by the assignment with the highest mean J&F; empty segments stand in for
+    objects that no expression names.
     """
     count = len(truth.expressions) // ANNOTATORS
     targets = [[order[o] for o in expression.objects] for expression in truth.expressions]

@@ -77,21 +77,33 @@ def run_lengths(counts: bytes) -> np.ndarray:
 
 
 def palette_masks(
-    video: str, files: Sequence[Path], objects: Sequence[str], height: int, width: int
+    video: str, files: Sequence[Path], objects: Sequence[str], with_unnamed: bool, height: int, width: int
 ) -> dict[str, Masks | Problem]:
-    """From one image a frame whose pixel values are the objects' ids. Pixels of 255 become the object VOID."""
+    """From one image a frame whose pixel values are the objects' ids. Pixels of 255 become the object VOID.
+
+    with_unnamed: behind the given objects come those of the first image that are not among them.
+    """
     try:
         images = [_image(file, height, width) for file in files]
     except InputError as error:
         return dict.fromkeys(objects, Problem("bad mask", video, f"video {video}: {error}"))
+    unnamed = [name for name in _numbered(images[0]) if name not in objects] if with_unnamed else []
     found: dict[str, Masks | Problem] = {}
-    for name in objects:
+    for name in [*objects, *unnamed]:
         if name.isdecimal() and 0 < int(name) < VOID_PIXEL:
             found[name] = [encode_mask(image == int(name)) for image in images]
         else:
             found[name] = Problem("unknown object", video, f"video {video}: object {name!r} is no pixel value 1..254")
     void = [encode_mask(image == VOID_PIXEL) for image in images]
     return found | ({VOID: void} if any(void) else {})
+
+
+def _numbered(image: np.ndarray) -> list[str]:
+    """Ids 1 ... n of the objects of an image uint8 [height, width] of ids, n its highest id.
+
+    This is how davis2017-evaluation counts (DAVIS.get_all_masks): an id that is left out counts as an empty object.
+    """
+    return [str(value) for value in range(1, int(image[image != VOID_PIXEL].max(initial=0)) + 1)]
 
 
 def image_masks(video: str, objects: dict[str, Sequence[Path]], height: int, width: int) -> dict[str, Masks | Problem]:
@@ -106,18 +118,28 @@ def image_masks(video: str, objects: dict[str, Sequence[Path]], height: int, wid
 
 
 def polygon_masks(
-    objects: dict[str, Sequence[Sequence[tuple[float, float]]]], height: int, width: int
+    shapes: Sequence[tuple[str, Sequence[tuple[float, float]]]], height: int, width: int
 ) -> dict[str, Masks | Problem]:
-    """From filled polygons [(x, y), ...] of a one-frame clip; an object is the union of its polygons."""
-    found: dict[str, Masks | Problem] = {}
-    for name, polygons in objects.items():
-        canvas = Image.new("1", (width, height))
-        draw = ImageDraw.Draw(canvas)
-        for polygon in polygons:
-            points = [(int(x), int(y)) for x, y in polygon]
-            draw.polygon(points, fill=1, outline=1) if len(points) > 1 else draw.point(points, fill=1)
-        found[name] = [encode_mask(np.asarray(canvas))]
-    return found
+    """From (object, polygon [(x, y), ...]) pairs of a one-frame clip, painted as LISA does (get_mask_from_json).
+
+    The polygons are painted one over the other, the largest first, so that a pixel belongs to one object only. Areas
+    are counts of the pixels drawn inside the frame; of equal ones the later is painted first. Pillow draws here and
+    OpenCV there: their pixels can differ along the outlines.
+    """
+    drawn = [_polygon(points, height, width) for _, points in shapes]
+    objects = list(dict.fromkeys(name for name, _ in shapes))
+    owner = np.full((height, width), -1, np.int16)
+    for number in np.argsort([mask.sum() for mask in drawn], kind="stable")[::-1]:
+        owner[drawn[number]] = objects.index(shapes[number][0])
+    return {name: [encode_mask(owner == position)] for position, name in enumerate(objects)}
+
+
+def _polygon(polygon: Sequence[tuple[float, float]], height: int, width: int) -> np.ndarray:
+    """bool [height, width]: a filled polygon with its outline."""
+    canvas = Image.new("1", (width, height))
+    draw, points = ImageDraw.Draw(canvas), [(int(x), int(y)) for x, y in polygon]
+    draw.polygon(points, fill=1, outline=1) if len(points) > 1 else draw.point(points, fill=1)
+    return np.array(canvas)
 
 
 def _image(file: Path, height: int, width: int) -> np.ndarray:

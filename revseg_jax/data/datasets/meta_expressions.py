@@ -30,7 +30,18 @@ def expressions_of(video: dict) -> Iterator[tuple[str, dict]]:
 
 
 def frames_of(folder: Path, video: dict) -> tuple[Path, ...]:
-    return tuple(folder / f"{name}.jpg" for name in sorted(map(str, video["frames"]), key=natural))
+    return tuple(folder / f"{video['frames'][t]}.jpg" for t in frame_order(video))
+
+
+def frame_order(video: dict) -> list[int]:
+    """Positions in the file's own list of frames, in natural order of the frames' names."""
+    names = list(map(str, video["frames"]))
+    return sorted(range(len(names)), key=lambda t: natural(names[t]))
+
+
+def _reordered(masks: list, order: list[int]) -> list:
+    """One mask a frame, in the given order; of another length as they are, for their reader to tell."""
+    return [masks[t] for t in order] if len(masks) == len(order) else masks
 
 
 def videos_with_mask_dict(
@@ -44,7 +55,8 @@ def videos_with_mask_dict(
 ) -> list[ListedVideo]:
     """Videos whose expressions name their objects by `anno_id` in a mask_dict (None: no public truth).
 
-    extra_masks gives a video's masks that no expression names.
+    extra_masks gives a video's masks that no expression names. All masks stand in the order of the video's own list of
+    frames, whatever that is, and get that of `frames_of`.
     """
     listed = []
     for name, video in read_videos(meta).items():
@@ -58,6 +70,8 @@ def videos_with_mask_dict(
         frames = frames_of(images / name, video)
         read_masks = no_masks
         if mask_dict is not None:
-            read_masks = partial(run_length_masks, name, wanted | extra_masks(name), len(frames), mask_file)
+            order = frame_order(video)
+            masks = {anno: _reordered(rles, order) for anno, rles in (wanted | extra_masks(name)).items()}
+            read_masks = partial(run_length_masks, name, masks, len(frames), mask_file)
         listed.append(ListedVideo(name, frames, tuple(expressions), read_masks))
     return listed

@@ -1,5 +1,7 @@
 """ReasonSeg: images as clips of one frame, targets as polygons, regions to be ignored as the object VOID.
 
+Where both lie one over the other the smaller polygon counts, as in LISA's reader (utils/data_processing.py).
+
 {train,val,test}/<image>.jpg with <image>.json beside it: "text", "shapes": [{"label", "points"}]
 """
 
@@ -48,14 +50,12 @@ def read(source: Path, split: str) -> Listing:
 
 
 def _image(image: Path, annotation: dict) -> ListedVideo:
-    polygons: dict[str, list] = {}
-    for shape in annotation["shapes"]:
-        label = shape["label"].lower()
-        if "flag" not in label:  # a mark of the annotators
-            polygons.setdefault(VOID if "ignore" in label else TARGET, []).append(shape["points"])
-    objects = (TARGET,) if TARGET in polygons else ()
+    labelled = [(shape["label"].lower(), shape["points"]) for shape in annotation["shapes"]]
+    # "flag" is a mark of the annotators.
+    shapes = [(VOID if "ignore" in label else TARGET, points) for label, points in labelled if label != "flag"]
+    objects = (TARGET,) if any(name == TARGET for name, _ in shapes) else ()
     expressions = tuple(
         ListedExpression(str(number), text, "reasoning", objects)
         for number, text in enumerate(as_list(annotation["text"]))
     )
-    return ListedVideo(image.stem, (image,), expressions, partial(polygon_masks, polygons))
+    return ListedVideo(image.stem, (image,), expressions, partial(polygon_masks, shapes))

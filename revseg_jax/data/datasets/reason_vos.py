@@ -2,12 +2,12 @@
 
 JPEGImages/<video>   Annotations/{source}_{video}_{obj_id}/*.png   meta_expressions.json
 
-An expression's id is its object's, as in everybody's folders of predictions, unless two expressions share the object.
+An expression's id is its object's, as in everybody's folders of predictions. Where two expressions of a video share an
+object, all expressions of that video have their own ids.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -30,19 +30,17 @@ def read(source: Path, split: str) -> Listing:
 def _video(source: Path, name: str, video: dict) -> ListedVideo:
     folder = source / "JPEGImages" / name
     frames = tuple(sorted(folder.glob("*.jpg"), key=lambda path: natural(path.stem)))
-    found = [(number, str(expression["obj_id"]), expression) for number, expression in expressions_of(video)]
-    shared = Counter(obj for _, obj, _ in found)
+    found = list(expressions_of(video))
+    objects = [str(expression["obj_id"]) for _, expression in found]
+    own = [str(expression.get("exp_id", number)) for number, expression in found]
+    # They name folders of predictions. Numbers of objects and of expressions overlap: a video takes one sort only.
+    ids = next(ids for ids in (objects, own, [number for number, _ in found]) if len(set(ids)) == len(ids))
     expressions = tuple(
-        ListedExpression(
-            obj if shared[obj] == 1 else str(expression.get("exp_id", number)),
-            expression["exp_text"],
-            "reasoning",
-            (obj,),
-        )
-        for number, obj, expression in found
+        ListedExpression(name, expression["exp_text"], "reasoning", (obj,))
+        for name, (_, expression), obj in zip(ids, found, objects, strict=True)
     )
     masks = {
         obj: [source / "Annotations" / f"{video['source']}_{name}_{obj}" / f"{frame.stem}.png" for frame in frames]
-        for obj in shared
+        for obj in dict.fromkeys(objects)
     }
     return ListedVideo(name, frames, expressions, partial(image_masks, name, masks))

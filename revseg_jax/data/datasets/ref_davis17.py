@@ -1,6 +1,7 @@
 """Ref-DAVIS17: the layout of Ref-YouTube-VOS with public truth and void pixels.
 
-Expression i of a video is that of annotator i % 4 for object i // 4.
+Expression i of a video is that of annotator i % 4 for object i // 4. Objects of a first frame that no expression names
+are kept as well: the DAVIS 2017 evaluation counts them as not found.
 """
 
 from __future__ import annotations
@@ -17,4 +18,4 @@ __all__ = ["FPS", "SPLITS", "meta_file", "read"]
 
 
 def read(source: Path, split: str) -> Listing:
-    return Listing(palette_videos(source, split, truth=True), FPS)
+    return Listing(palette_videos(source, split, truth=True, with_unnamed=True), FPS)

@@ -32,7 +32,8 @@ def read(source: Path, split: str) -> Listing:
     return Listing(videos, FPS, truth=split == "train")
 
 
-def palette_videos(source: Path, split: str, truth: bool) -> list[ListedVideo]:
+def palette_videos(source: Path, split: str, truth: bool, with_unnamed: bool = False) -> list[ListedVideo]:
+    """with_unnamed: also the masks of the first frame's objects that no expression names."""
     listed = []
     for name, video in read_videos(meta_file(source, split)).items():
         expressions = tuple(
@@ -47,6 +48,6 @@ def palette_videos(source: Path, split: str, truth: bool) -> list[ListedVideo]:
         frames = frames_of(source / split / "JPEGImages" / name, video)
         annotations = [source / split / "Annotations" / name / f"{frame.stem}.png" for frame in frames]
         objects = list(dict.fromkeys(found for expression in expressions for found in expression.objects))
-        read_masks = partial(palette_masks, name, annotations, objects) if truth else no_masks
+        read_masks = partial(palette_masks, name, annotations, objects, with_unnamed) if truth else no_masks
         listed.append(ListedVideo(name, frames, expressions, read_masks))
     return listed
