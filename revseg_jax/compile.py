@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from revseg_jax.compilation.hlo import largest_arrays, parse
-from revseg_jax.compilation.programs import PROGRAMS, StepPrograms, make_programs
+from revseg_jax.compilation.programs import StepPrograms, make_programs
 from revseg_jax.compilation.roofline import Estimate, Pod, estimate, make_pod
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError, RunFailure
@@ -40,9 +40,13 @@ class Compiled:
 
 
 def main(config: Config, topology: str, names: list[str], as_json: bool) -> None:
-    """Raises RunFailure, after what was found is printed, when the step does not fit into a chip's memory."""
+    """names: of programs; none: all of them. Raises RunFailure, after what was found is printed, when the step does not
+    fit into a chip's memory."""
     pod, devices = describe(topology, config.mesh.slice)
     programs = make_programs(config, make_placement(config.mesh, devices))
+    names = names or list(programs.names)
+    if absent := [name for name in names if name not in programs.names]:
+        raise InputError(f"--programs {absent[0]} is not one of all, {', '.join(programs.names)}")
     compiled = {name: compile_program(programs, name, pod) for name in names}
     found = summary(programs, pod, compiled)
     print(table(found))
@@ -134,7 +138,7 @@ def summary(programs: StepPrograms, pod: Pod, compiled: dict[str, Compiled]) -> 
         cost = compiled["update"].cost
         found["mfu"] = needed / cost.seconds
         found["mfu_without_overlap"] = needed / cost.seconds_without_overlap
-    if all(name in compiled for name in PROGRAMS):
+    if all(name in compiled for name in programs.names):
         found["step_seconds"] = step_seconds(programs, compiled)
         found["paper_step_seconds"] = PAPER_STEP_SECONDS
     return found
@@ -157,11 +161,12 @@ def figures(one: Compiled) -> dict[str, Any]:
 
 
 def step_seconds(programs: StepPrograms, compiled: dict[str, Compiled]) -> float:
-    """Of a whole step: sampling part by part with both answers at their limits, one pass of the reference, the update.
+    """Of a whole step: sampling part by part with all answers at their limits, one pass of the reference, the update.
     What the host and the sidecars do meanwhile is not in it."""
     seconds = {name: one.cost.seconds for name, one in compiled.items()}
-    answers = (programs.layout.turn2 + 1) / (programs.layout.turn1 + 1)
-    part = seconds["prefill"] + seconds["decode"] * (1 + answers) + seconds["turn2"]
+    part = seconds["prefill"] + seconds["decode"]
+    if "turn2" in seconds:
+        part += seconds["turn2"] + seconds["decode"] * (programs.layout.turn2 + 1) / (programs.layout.turn1 + 1)
     parts = programs.config.rollout.prompts_per_step // programs.prompts_per_batch
     score = seconds["score"] if programs.config.learner.kl != "off" else 0.0
     return part * parts + score + seconds["update"]

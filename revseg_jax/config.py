@@ -107,7 +107,7 @@ class RolloutConfig:
     prompts_per_step: int = 128
     group_size: int = 8  # rollouts per prompt
     prompts_per_batch: int = 0  # prompts sampled together on the devices; 0 means all of a step
-    temperature: float = 1.0  # not stated in the paper
+    temperature: float = 1.0  # not stated in the paper; what is trained is the distribution at this temperature
     top_p: float = 1.0
     top_k: int = 0  # 0 means off
     resample_limit: int = 0  # batches drawn in place of groups without spread (DAPO's dynamic sampling); 0 means off
@@ -151,7 +151,7 @@ class LearnerConfig:
     epochs: int = 1  # passes over a step's rollouts
     minibatches: int = 1  # optimiser steps a pass, over whole groups
     learning_rate: float = 1e-6
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimiser steps, the first at a rate of 0
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     clip_low: float = 0.2  # the ratio is 1 on-policy, so the clip only matters with several epochs
@@ -376,6 +376,8 @@ def check_learner(config: Config) -> None:
     if learner.algorithm == "grpo" and config.rollout.group_size < 2:
         raise InputError("rollout.group_size=1: grpo compares the rollouts of a group and needs at least 2")
     if learner.algorithm == "ppo":
+        if config.rollout.resample_limit:
+            raise InputError("rollout.resample_limit: groups without spread teach ppo's critic too; it is for grpo")
         for key, value in (("advantage", learner.advantage), ("credit", learner.credit)):
             if value != getattr(LearnerConfig, key):
                 raise InputError(f"learner.{key}={value} is a choice of grpo: ppo estimates advantages with its critic")

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from revseg_jax.chain.prompts import one_line, prefix_text, turn2_prompt_text
+from revseg_jax.chain.prompts import one_line, prefix_text
 from revseg_jax.config import ChainConfig, Config, MeshConfig, PolicyConfig, TrackerConfig, check
 from revseg_jax.data.frames import encode_frame, resize_square
 from revseg_jax.data.sampling import sample_frames
@@ -76,7 +76,10 @@ def main(
         lap("read")
         loaded = _load_policy(policy)
         encoder = loaded.engine.encoder
-        encoder.prefix(query, encoder.chain.frames, float(source.duration))
+        said = query, encoder.chain.frames, float(source.duration)
+        if encoder.turn1_prompt(*said) != prefix_text(encoder.chain, *said):
+            slots = encoder.chain.query_tokens
+            raise InputError(f"the query of {len(query)} characters is too long for the policy's query_tokens={slots}")
         lap("load_policy")
 
         sidecars = TrackerConfig(list(endpoints), tracker, tracker_config, token_file=token_file, tls_ca=tls_ca)
@@ -216,7 +219,7 @@ def _trace(
         "shown_frames": shown.tolist(),
         "prompt1": prefix_text(chain, query, len(shown), float(source.duration)),
         "answer1": rollout.answer1,
-        "prompt2": turn2_prompt_text(chain, turn1.description) if rollout.answer2 is not None else None,
+        "prompt2": loaded.engine.encoder.turn2_prompt(turn1.description) if rollout.answer2 is not None else None,
         "answer2": rollout.answer2,
         "keyframe": keyframe,
         "keyframe_seconds": float(times[keyframe]) if keyframe is not None else None,

@@ -37,6 +37,7 @@ from revseg_jax.parallel.rows import (
 )
 from revseg_jax.parallel.sharding import Placement
 from revseg_jax.rewards.total import RolloutReward, weights_from
+from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run.determinism import use_deterministic_kernels
@@ -101,7 +102,13 @@ def run_steps(
     data = iter(steps)
 
     # ---- State: a fresh one, or the newest checkpoint's -------------------------------------------------------------
-    learner = make_learner(loaded.engine.graphdef, config.learner, loaded.engine.encoder.layout, loaded.placement)
+    learner = make_learner(
+        loaded.engine.graphdef,
+        config.learner,
+        loaded.engine.encoder.layout,
+        loaded.placement,
+        config.rollout.temperature,
+    )
     # The reference is the policy before any update. Updates donate their state, which a shared reference must survive.
     reference = store_reference(config.learner.reference, loaded.trained) if config.learner.kl != "off" else None
     state = learner.init(loaded.trained, donate=reference is not loaded.trained)
@@ -183,7 +190,7 @@ def run_steps(
         run.log(done, metrics, step_digests(loaded.placement, groups, rewards, metrics))
         progress.show(done, metrics)
         if config.run.traces_every and (done % config.run.traces_every == 0 or done == 1):
-            records = gather_shares(loaded.placement, list(step_traces(config, groups, rewards, done)))
+            records = gather_shares(loaded.placement, list(step_traces(loaded.engine.encoder, groups, rewards, done)))
             run.write_traces(f"step_{done:06d}", (record for part in records for record in part))
         if done % config.run.checkpoint_every == 0 or done == config.run.steps or evaluation_due(config, done):
             run.checkpoints.save(done, state, position)
@@ -225,7 +232,7 @@ def step_digests(
     return found | {"update": digest([sorted(update.items())])}
 
 
-def step_traces(config: Config, groups: Groups, rewards, step: int) -> Iterator[dict[str, Any]]:
+def step_traces(encoder: PromptEncoder, groups: Groups, rewards, step: int) -> Iterator[dict[str, Any]]:
     for b, (row, earned) in enumerate(zip(groups.chains, rewards, strict=True)):
         for sample, (rollout, reward) in enumerate(zip(row, earned, strict=True)):
-            yield trace_record(config.chain, groups.batch, b, sample, rollout, reward, step)
+            yield trace_record(encoder, groups.batch, b, sample, rollout, reward, step)

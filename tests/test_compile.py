@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from revseg_jax.cli import main
 from revseg_jax.compilation.hlo import Array, Work, parse
 from revseg_jax.compilation.programs import PROGRAMS, make_programs
 from revseg_jax.compilation.roofline import CHIPS, Pod, estimate
-from revseg_jax.compile import too_large
+from revseg_jax.compile import Compiled, step_seconds, too_large
 from revseg_jax.config import load_config
 from revseg_jax.learner.flops import forward_flops
 from revseg_jax.parallel.sharding import make_placement
@@ -248,6 +249,15 @@ def test_the_tiny_step_compiles_for_a_small_slice():
     needed = sum(forward_flops(programs.model, programs.full_batch())) / 4
     assert needed < found["programs"]["score"]["flops"] < 1.3 * needed  # masked pairs are computed too
     assert found["step_seconds"] > 0 and "the paper's took 725 s" in done.stdout
+
+
+def test_a_chain_of_one_turn_has_no_second_one():
+    config = load_config(ROOT / "configs/demo.yaml", ["chain.turns=1"])
+    programs = make_programs(config, make_placement(config.mesh))
+    assert programs.names == tuple(name for name in PROGRAMS if name != "turn2")
+    # A second each: prefill and decode, the reference's pass, the update.
+    compiled = {name: Compiled(SimpleNamespace(seconds=1.0), 0, 0.0, (0, 1)) for name in programs.names}
+    assert step_seconds(programs, compiled) == 4
 
 
 @needs_libtpu

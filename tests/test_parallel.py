@@ -33,7 +33,7 @@ with failing_together():
             np.testing.assert_array_equal(own_rows(doubled), 2 * own)
             assert float(jax.jit(lambda x: (x * np.arange(8)[:, None]).sum())(whole)) == 588
         split, whole = (make_placement(MeshConfig(*sizes)) for sizes in ((1, 2, 2, 2), (1, 1, 1, 8)))
-        metrics = {"reward": float(index), "truncated_count": 2 + index}
+        metrics = {"reward": float(index), "truncated_count": 2 + index, "tokens_longest": 3 + index}
         report({
             "share": [process_share(placement) for placement in (split, whole)],
             "of_shares": [gather_shares(placement, index) for placement in (split, whole)],
@@ -63,7 +63,10 @@ def test_two_processes_hold_rows_and_agree():
         assert one["gathered"] == [["a" * 100, 0], ["a" * 101, 1]]
         assert one["agreed"] == [True, None, "first"]
         assert one["of_shares"] == [[0, 1], [0]] and one["same"] == [index, 0]
-        assert one["mean"] == [{"reward": 0.5, "truncated_count": 5}, {"reward": 0.0, "truncated_count": 2}]
+        assert one["mean"] == [
+            {"reward": 0.5, "truncated_count": 5, "tokens_longest": 4},
+            {"reward": 0.0, "truncated_count": 2, "tokens_longest": 3},
+        ]
         assert one["leads"] == (index == 0)
 
 

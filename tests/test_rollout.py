@@ -111,6 +111,19 @@ def test_trainer_computes_the_logprobs_that_the_sampler_saw(loaded, sampled):
     assert gap.max() < 3e-5
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_what_is_trained_is_the_distribution_at_the_temperature_of_sampling(loaded, temperature):
+    engine = replace(loaded.engine, sampling=replace(loaded.engine.sampling, temperature=temperature))
+    batch, _ = engine.sample((loaded.trained, loaded.frozen), make_prompts(2), rollout_keys(7, 0, np.arange(2), 3))
+
+    def gap(temperature):
+        learner = make_learner(engine.graphdef, LearnerConfig(), engine.encoder.layout, temperature=temperature)
+        again = learner.logprobs(loaded.trained, loaded.frozen, batch)
+        return np.abs(np.asarray(again) - batch.logprobs)[batch.generated].mean()
+
+    assert gap(temperature) < 2e-6 < 1e-3 < gap(1.0)
+
+
 def test_a_failed_first_turn_ends_the_rollout(loaded):
     sampling = replace(loaded.engine.sampling, temperature=30.0)  # noise: hardly anything parses
     prompts = make_prompts(2)
@@ -253,19 +266,25 @@ def test_truncation_keeps_the_smallest_set(logits, top_p, top_k):
 def test_draw_reports_the_untruncated_distribution_and_never_a_forbidden_token():
     logits = jnp.array([[[5.0, 1.0, 0.5, 9.0]]])
     config = SamplingConfig(0.5, 1.0, 2, end_token=1, pad_token=0, forbidden=(3,))
-    expected = np.asarray(jax.nn.log_softmax(logits))[0, 0]
+    expected = np.asarray(jax.nn.log_softmax(logits / 0.5))[0, 0]
     for seed in range(20):
         token, logprob = draw(logits, rollout_keys(seed, 0, np.zeros(1, int), 1), config)
         assert int(token[0, 0]) in (0, 1)
         assert float(logprob[0, 0]) == pytest.approx(float(expected[int(token[0, 0])]))
 
 
-def test_long_queries_are_refused_and_long_descriptions_cut(loaded):
+def test_long_queries_and_descriptions_are_cut_to_their_slots(loaded, capsys):
     encoder = loaded.engine.encoder
-    with pytest.raises(InputError, match="too long"):
-        encoder.prefix("where is it? " * 800, 8, 2.0)
+    query = "where is it? " * 800
+    encoded, slots = encoder.prefix(query, 8, 2.0), encoder.chain.query_tokens
+    assert 0 <= (~encoded.mask).sum() < 4  # as much of it as fits, but for words that lost their end
+    assert "'where is it? where" in encoder.turn1_prompt(query, 8, 2.0)
+    said = capsys.readouterr().err
+    assert said.count("revseg: warning:") == 1 and f"query_tokens={slots}: the end of a query is left out" in said
     encoded = encoder.turn2("an object " * 500, 10)
     assert encoded.mask.sum() <= encoder.layout.turn2_prompt
+    with pytest.raises(InputError, match="chain.query_tokens=3 is too small: the prompt needs"):
+        replace(encoder, chain=replace(encoder.chain, query_tokens=3)).prefix("it", 8, 2.0)
 
 
 class CountingPolicy:

@@ -49,13 +49,17 @@ class StepPrograms:
     """The programs of a training step on a mesh. All arrays are shapes with shardings; nothing is allocated.
 
     `lower(name)` gives, for a name of `PROGRAMS`: prefill (video and prompt into the cache), decode (the first answer;
-    the second is the same program with another limit), turn2 (keyframes and turn-2 prompts into the cache), score (one
-    pass of the reference), update (loss, gradients, optimiser).
+    the second is the same program with another limit), turn2 (keyframes and turn-2 prompts into the cache; not in a
+    chain of one turn), score (one pass of the reference), update (loss, gradients, optimiser).
     """
 
     config: Config
     model: ModelConfig
     placement: Placement
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in PROGRAMS if name != "turn2" or self.layout.turn2_prompt)
 
     def lower(self, name: str) -> jax.stages.Lowered:
         return getattr(self, f"_{name}")()
@@ -84,7 +88,8 @@ class StepPrograms:
 
     @cached_property
     def learner(self) -> Learner:
-        return make_learner(self.parts[0], self.config.learner, self.layout, self.placement)
+        temperature = self.config.rollout.temperature
+        return make_learner(self.parts[0], self.config.learner, self.layout, self.placement, temperature)
 
     @cached_property
     def state(self) -> TrainState:

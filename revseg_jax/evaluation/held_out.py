@@ -23,6 +23,7 @@ from revseg_jax.rewards.temporal import best_constant_keyframe, random_visible_k
 from revseg_jax.rewards.total import RolloutReward, score_rollout
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
+from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.tracker.connection import SidecarAway
@@ -99,9 +100,8 @@ def evaluate_policy(
             try:
                 for b, masks in zip(range(min(len(clips), len(own) - len(scored))), tracked, strict=False):
                     pictures = THUMBNAILS * int(batch.index[b] in illustrated)
-                    scored.append(
-                        _score(config, clips[b], batch, b, chains[b], masks if client else None, label, pictures)
-                    )
+                    parts = clips[b], batch, b, chains[b], masks if client else None
+                    scored.append(_score(config, engine.encoder, *parts, label, pictures))
                     bar.update()
             except SidecarAway as error:
                 if jax.process_count() == 1:
@@ -122,6 +122,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
 
 def _score(
     config: Config,
+    encoder: PromptEncoder,
     clip: Clip,
     batch: Batch,
     b: int,
@@ -147,7 +148,7 @@ def _score(
         j=float(j[shown].mean()),
         f=float(f[shown].mean()),
     )
-    trace = trace_record(config.chain, batch, b, 0, rollout, reward, step=0)
+    trace = trace_record(encoder, batch, b, 0, rollout, reward, step=0)
     trace |= {"j": float(j.mean()), "f": float(f.mean()), "frames": len(truth), "label": label}
     if thumbnails:
         shapes = np.zeros_like(truth) if masks is None else masks

@@ -20,11 +20,11 @@ def suffix_hidden(policy: Policy, batch: RolloutBatch) -> jax.Array:
 
 
 def token_logprobs(
-    policy: Policy, hidden: jax.Array, tokens: jax.Array, slots: np.ndarray, chunk: int
+    policy: Policy, hidden: jax.Array, tokens: jax.Array, slots: np.ndarray, chunk: int, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies float32 [B, G, S] of the suffix tokens in `slots`, static, each given all before
     it; 0 in the other slots, which are not put to the vocabulary at all."""
-    both = chunked_logprobs(policy, hidden[:, :, slots - 1], tokens[:, :, slots], chunk)
+    both = chunked_logprobs(policy, hidden[:, :, slots - 1], tokens[:, :, slots], chunk, temperature)
     # Which of the results each slot takes; a gather along slots stays on the device.
     order = np.full(tokens.shape[-1], len(slots))
     order[slots] = np.arange(len(slots))

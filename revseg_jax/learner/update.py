@@ -48,11 +48,16 @@ def make_optimizer(config: LearnerConfig, learning_rate: float) -> optax.Gradien
 
 
 def make_learner(
-    graphdef: nnx.GraphDef, config: LearnerConfig, layout: SlotLayout, placement: Placement | None = None
+    graphdef: nnx.GraphDef,
+    config: LearnerConfig,
+    layout: SlotLayout,
+    placement: Placement | None = None,
+    temperature: float = 1.0,
 ) -> Learner:
-    """placement: of the state, as of the policy's activations; None for one device."""
+    """placement: of the state, as of the policy's activations; None for one device. temperature: of sampling, whose
+    distribution is the one that learns; greedy answers (0) count as at 1, as in `draw`."""
     optimizers = (make_optimizer(config, rate) for rate in (config.learning_rate, config.ppo.learning_rate))
-    return Learner(graphdef, config, layout, *optimizers, placement)
+    return Learner(graphdef, config, layout, *optimizers, placement, temperature or 1.0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Learner:
     optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
     placement: Placement | None
+    temperature: float
 
     def init(self, trained: Any, donate: bool = False) -> TrainState:
         """A state before any step, every array of it made where it belongs. donate: `trained` goes into it, no copy."""
@@ -101,7 +107,8 @@ class Learner:
         """What the models say about the sampled tokens. reference: like `state.trained`; not used when `kl` is off."""
         config = self.config
         return Scores(
-            # Sampler and trainer agree in float32, so the policy is asked again only when the difference is corrected.
+            # Sampler and trainer agree in float32; in bfloat16 by their rounding only, which GSPO's bounds do not bear.
+            # The policy is asked again when that difference is corrected.
             old_logprobs=self.logprobs(state.trained, frozen, batch) if config.importance_cap else batch.logprobs,
             reference_logprobs=self.logprobs(reference, frozen, batch) if config.kl != "off" else None,
             values=self.values(state, frozen, batch) if config.algorithm == "ppo" else None,
@@ -217,7 +224,8 @@ class Learner:
         return loss, metrics
 
     def _token_logprobs(self, policy: nnx.Module, hidden: jax.Array, batch: RolloutBatch):
-        return token_logprobs(policy, hidden, batch.tokens, self.layout.sampled, self.config.logprob_chunk)
+        chunk, temperature = self.config.logprob_chunk, self.temperature
+        return token_logprobs(policy, hidden, batch.tokens, self.layout.sampled, chunk, temperature)
 
     def _microbatches(self, like: RolloutBatch | jax.Array) -> int:
         """Into how many parts the prompts go, one part being in memory at a time."""

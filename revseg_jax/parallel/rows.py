@@ -53,12 +53,17 @@ def same_in_share(placement: Placement, thing: Thing) -> Thing:
 
 
 def mean_over_shares(placement: Placement, metrics: dict[str, float]) -> dict[str, float]:
-    """Of metrics over equally many prompts each; those that end in "_count" add up, one that is missing is 0."""
+    """Of metrics over equally many prompts each; those that end in "_count" add up, of those that end in "_longest" the
+    largest counts, one that is missing is 0."""
     parts = gather_shares(placement, metrics)
-    return {
-        name: sum(part.get(name, 0.0) for part in parts) / (1 if name.endswith("_count") else len(parts))
-        for name in dict.fromkeys(name for part in parts for name in part)
-    }
+
+    def joined(name: str) -> float:
+        values = [part.get(name, 0.0) for part in parts]
+        if name.endswith("_longest"):
+            return max(values)
+        return sum(values) / (1 if name.endswith("_count") else len(values))
+
+    return {name: joined(name) for name in dict.fromkeys(name for part in parts for name in part)}
 
 
 def check_spread(placement: Placement, config: Config) -> None:

@@ -99,10 +99,13 @@ class Policy(nnx.Module):
         return hidden
 
 
-def chunked_logprobs(policy: Policy, hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+def chunked_logprobs(
+    policy: Policy, hidden: jax.Array, targets: jax.Array, chunk: int, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and the entropy of its distribution, never holding all logits.
 
-    hidden [B, ..., width] final-normed and targets int32 [B, ...]; both results float32 [B, ...]. `chunk` positions of
+    hidden [B, ..., width] final-normed and targets int32 [B, ...]; both results float32 [B, ...]. temperature: static,
+    above 0, what the logits are divided by. `chunk` positions of
     a device have their vocabulary logits in memory at a time, in the backward pass too (they are recomputed). Every
     chunk has some positions of all B prompts, so that no device waits for the chunk of another.
     """
@@ -120,6 +123,8 @@ def chunked_logprobs(policy: Policy, hidden: jax.Array, targets: jax.Array, chun
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         chunk_hidden, chunk_targets = inputs
         logits = policy.text.logits(constrain(placement, chunk_hidden, "prompts"))
+        if temperature != 1:
+            logits = logits / temperature
         logprobs = jax.nn.log_softmax(constrain(placement, logits, "prompts", None, "vocab"))
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         # A comparison instead of a gather: it fuses, works on a sharded vocabulary and has no scatter as transpose.

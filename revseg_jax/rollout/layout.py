@@ -14,12 +14,14 @@ and the prefix needs no head. Masks hide the padding; rotary positions are those
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from revseg_jax.chain.prompts import DESCRIPTION_LIMIT, prefix_text, turn2_prompt_text
+from revseg_jax.chain.prompts import DESCRIPTION_LIMIT, one_line, prefix_text, turn2_prompt_text
 from revseg_jax.config import ChainConfig
 from revseg_jax.errors import InputError
 from revseg_jax.policy.config import ModelConfig
@@ -118,22 +120,16 @@ class PromptEncoder:
         )
 
     def prefix(self, query: str, frames: int, seconds: float) -> EncodedPrefix:
-        """The prompt of turn 1 about a video of which `frames` frames are shown.
-
-        Raises InputError when the query does not fit into `chain.query_tokens`.
-        """
+        """The prompt of turn 1 about a video of which `frames` frames are shown."""
         vision = self.model.vision
         steps = -(-frames // vision.temporal_patch_size)
         side = self.chain.frame_size // vision.patch_size
-        text = prefix_text(self.chain, query, frames, seconds)
-        tokens = self._expand(text, self.model.video_token_id, steps * self.frame_tokens)
-        room = steps * self.frame_tokens + self.chain.query_tokens
-        if len(tokens) - 1 > room:
-            extra = len(tokens) - 1 - room
-            raise InputError(
-                f"the query of {len(query)} characters is {extra} tokens too long: shorten it or raise "
-                f"chain.query_tokens={self.chain.query_tokens}"
+        text = self.turn1_prompt(query, frames, seconds)
+        if text != prefix_text(self.chain, query, frames, seconds):
+            _warn_once(
+                f"chain.query_tokens={self.chain.query_tokens}: the end of a query is left out: {query[:80]!r}..."
             )
+        tokens = self._expand(text, self.model.video_token_id, steps * self.frame_tokens)
         seconds_per_grid = vision.temporal_patch_size / self.chain.fps
         positions = sequence_positions(tokens, self.model, [(steps, side, side)], [seconds_per_grid])
         padding = self.layout.prefix - (len(tokens) - 1)
@@ -145,23 +141,40 @@ class PromptEncoder:
             last_position=int(positions[0, -1]),
         )
 
-    def turn2(self, description: str, start: int) -> EncodedTurn2:
-        """The prompt of turn 2 with its first token at position `start`.
+    def turn1_prompt(self, query: str, frames: int, seconds: float) -> str:
+        """`prefix_text` as it is read. Of a query that does not fit the end is left out, as it comes from the data and
+        must not stop a run halfway. Raises InputError when even the words around it do not fit."""
+        query, slots = one_line(query), self.chain.query_tokens
+        limit = len(query)
+        while True:
+            text = prefix_text(self.chain, query[:limit].rstrip(), frames, seconds)
+            needed = len(self.tokenizer(text)["input_ids"]) - 2  # the video's placeholder, and slot 0 of the suffixes
+            if needed <= slots:
+                return text
+            if limit == 0:
+                raise InputError(f"chain.query_tokens={slots} is too small: the prompt needs {needed} without a query")
+            limit = max(0, limit - (needed - slots))  # a token has a character or several
 
-        A description that does not fit is cut: it comes from the policy and must never stop a run.
-        """
-        slots, limit = self.layout.turn2_prompt, DESCRIPTION_LIMIT
+    def turn2_prompt(self, description: str) -> str:
+        """`turn2_prompt_text` as it is read. A description that does not fit is cut: it comes from the policy and must
+        never stop a run. Raises InputError when even the words around it do not fit."""
+        slots, limit = self.chain.turn2_prompt_tokens, DESCRIPTION_LIMIT
         while True:
             text = turn2_prompt_text(self.chain, description, limit)
-            tokens = self._expand(text, self.model.image_token_id, self.image_tokens)
-            if len(tokens) <= slots:
-                break
+            needed = len(self.tokenizer(text)["input_ids"]) - 1  # the image's placeholder
+            if needed <= slots:
+                return text
             if limit == 0:
                 raise InputError(
-                    f"chain.turn2_prompt_tokens={self.chain.turn2_prompt_tokens} is too small: the turn-2 prompt "
-                    f"needs {len(tokens) - self.image_tokens} without any description"
+                    f"chain.turn2_prompt_tokens={slots} is too small: the turn-2 prompt needs {needed} without any "
+                    "description"
                 )
             limit = min(limit, len(description)) // 2
+
+    def turn2(self, description: str, start: int) -> EncodedTurn2:
+        """The prompt of turn 2 with its first token at position `start`."""
+        slots, text = self.layout.turn2_prompt, self.turn2_prompt(description)
+        tokens = self._expand(text, self.model.image_token_id, self.image_tokens)
         side = self.chain.keyframe_size // self.model.vision.patch_size
         positions = start + sequence_positions(tokens, self.model, [(1, side, side)], [])
         padding = slots - len(tokens)
@@ -176,3 +189,8 @@ class PromptEncoder:
         """Token ids int32 of a text whose one vision placeholder `token` stands for `count` visual tokens."""
         ids = np.asarray(self.tokenizer(text)["input_ids"], np.int32)
         return np.repeat(ids, np.where(ids == token, count, 1))
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    print(f"revseg: warning: {message}", file=sys.stderr)

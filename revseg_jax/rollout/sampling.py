@@ -59,14 +59,17 @@ def rollout_keys(seed: int, step: int, prompts: np.ndarray, group_size: int) -> 
 def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
     """Next tokens int32 [B, G] and their log-probabilities float32 [B, G] from logits float32 [B, G, vocab].
 
-    The log-probability is that of the whole distribution, untruncated and at temperature 1: what the trainer computes.
+    The log-probability is that of the whole distribution, untruncated, at the temperature of sampling (1 when greedy):
+    what the trainer computes.
     """
+    if config.temperature not in (0, 1):
+        logits = logits / config.temperature
     logprobs = jax.nn.log_softmax(logits)
     allowed = np.ones(logits.shape[-1], bool)
     allowed[list(config.forbidden)] = False
     scores = jnp.where(allowed, logits, -jnp.inf)
     if config.temperature > 0:  # as `jax.random.categorical` draws
-        scores = truncate(scores / config.temperature, config.top_p, config.top_k)
+        scores = truncate(scores, config.top_p, config.top_k)
         noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[-1:], scores.dtype)))(keys)
         scores += noise
     tokens = first_largest(scores).astype(jnp.int32)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from revseg_jax.chain.prompts import prefix_text, turn2_prompt_text
-from revseg_jax.config import ChainConfig
 from revseg_jax.data.example import Batch
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.layout import PromptEncoder
 
 REWARDS = ("format", "temporal", "spatial", "mask", "overlong", "total")
 
 
 def trace_record(
-    chain: ChainConfig, batch: Batch, b: int, sample: int, rollout: Rollout, reward: RolloutReward, step: int
+    encoder: PromptEncoder, batch: Batch, b: int, sample: int, rollout: Rollout, reward: RolloutReward, step: int
 ) -> dict[str, Any]:
     """The record of rollout `sample` of prompt `b`. Boxes are in original pixels; `keyframe` indexes the shown frames,
     `frame` the original clip; visual tokens stand as one placeholder in the prompts."""
@@ -29,9 +28,9 @@ def trace_record(
         "query": batch.query[b],
         "kind": batch.kind[b],
         "group": sample,
-        "prompt1": prefix_text(chain, batch.query[b], count, float(batch.seconds[b])),
+        "prompt1": encoder.turn1_prompt(batch.query[b], count, float(batch.seconds[b])),
         "answer1": rollout.answer1,
-        "prompt2": turn2_prompt_text(chain, rollout.turn1.description) if rollout.answer2 is not None else None,
+        "prompt2": encoder.turn2_prompt(rollout.turn1.description) if rollout.answer2 is not None else None,
         "answer2": rollout.answer2,
         "keyframe": keyframe,
         "frame": frame,
