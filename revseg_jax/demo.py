@@ -10,10 +10,11 @@ from pathlib import Path
 from revseg_jax.config import Config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import REVERSED, prepare_synthetic
-from revseg_jax.errors import InputError
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.evaluation.held_out import Evaluation, evaluate_policy
 from revseg_jax.report.html import write_report
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
+from revseg_jax.run.folder import check_same_settings
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.train import tracker_client, train
 
@@ -24,20 +25,23 @@ TERMS = ("j", "f", "format", "temporal", "spatial", "mask", "turns")
 
 
 def main(config: Config) -> None:
-    """Runs everything into `run.dir`, which must be new, and prints the table and the summary."""
+    """Runs everything into `run.dir`, which must be new or hold a demo that was stopped, and prints the table and the
+    summary."""
     begin = time.perf_counter()
     folder = Path(config.run.dir)
-    if (folder / "summary.json").exists() or (folder / "checkpoints").exists():
-        raise InputError(f"{folder} already holds a run: delete it or give another run.dir=...")
     clips = folder / "clips"
-    prepare_synthetic(clips, DIFFICULTY, TRAIN_CLIPS, TEST_CLIPS, seed=config.run.seed)
     data = dataclasses.replace(config.data, train=[str(clips)], test=[str(clips)])
     config = dataclasses.replace(config, data=data)
+    goes_on = was_stopped(folder, config)
+    prepare_synthetic(clips, DIFFICULTY, TRAIN_CLIPS, TEST_CLIPS, seed=config.run.seed)
 
     loaded = load_engine(config)
     with tracker_client(config) as client:
         base, base_reversed = evaluate(loaded, loaded.trained, config, client, "base")
         state = train(config, loaded, client)
+        done = int(state.step)
+        if done < config.run.steps:  # `train` has said that the same command goes on
+            raise RunFailure(f"the demo was stopped at step {done} of {config.run.steps}: it has no summary yet")
         trained, trained_reversed = evaluate(loaded, state.trained, config, client, "trained")
 
     summary = {
@@ -53,11 +57,24 @@ def main(config: Config) -> None:
         "seconds": round(time.perf_counter() - begin, 1),
         "seed": config.run.seed,
     }
+    if goes_on:
+        summary["seconds_since"] = "the last start"
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report = write_report(folder)
     print(table(base, trained, base_reversed, trained_reversed))
     print(f"report: {report}")
     print(json.dumps(summary))
+
+
+def was_stopped(folder: Path, config: Config) -> bool:
+    """Whether `folder` holds a demo with this config whose training had begun. Raises InputError when it holds a
+    finished one or another run."""
+    finished, begun = ((folder / name).exists() for name in ("summary.json", "checkpoints"))
+    if finished or begun and not (folder / "config.yaml").exists():
+        raise InputError(f"{folder} already holds a run: delete it or give another run.dir=...")
+    if begun:
+        check_same_settings(folder, config)
+    return begun
 
 
 def evaluate(

@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
-from revseg_jax.paths import absolute, path_of
+from revseg_jax.paths import AnyPath, absolute, path_of
 from revseg_jax.policy.checkpoint import load_policy, save_policy
 from revseg_jax.rollout.loading import split_policy
-from revseg_jax.run.checkpoints import best_steps
+from revseg_jax.run.checkpoints import best_steps, first_sound
 from revseg_jax.run.folder import evaluation_scores
 
 
 def main(run: str, out: str, best: bool = False) -> None:
     """Writes the newest checkpoint of the run folder `run`, or the one that was evaluated best, to the new folder `out`
-    and prints its path."""
+    and prints its path. A damaged checkpoint is named on stderr, and the next one taken; the run stays as it is."""
     folder = path_of(run)
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is not a run folder: it has no config.yaml")
+    check_new(path_of(out))
     config = load_config(folder / "config.yaml")
-    loaded = load_policy(config.policy.path, config.policy.dtype, config.policy.param_dtype)
-    graphdef, trained, frozen = split_policy(loaded.policy, config.learner.freeze_vision)
-    with ocp.CheckpointManager(absolute(folder / "checkpoints")) as checkpoints:
-        steps = sorted(checkpoints.all_steps(), reverse=True)
-        if best:
-            steps = best_steps(steps, evaluation_scores(folder))
-        if not steps:
-            raise InputError(f"{folder} has no checkpoint{' that was evaluated' if best else ' yet'}")
-        step = steps[0]
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trained)
-        # Only the policy is wanted: the optimiser's state stays on disk.
-        restore = ocp.args.PyTreeRestore({"trained": abstract}, partial_restore=True)
-        restored = checkpoints.restore(step, args=ocp.args.Composite(state=restore))
-    save_policy(nnx.merge(graphdef, restored.state["trained"], frozen), out, loaded.folder, config.chain)
+    # read_only: nothing is created or cleared away in the run, which may still be training.
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(absolute(folder / "checkpoints"), options=options) as checkpoints:
+        steps = wanted_steps(folder, checkpoints.all_steps(), best)
+        loaded = load_policy(config.policy.path, config.policy.dtype, config.policy.param_dtype)
+        graphdef, trained, frozen = split_policy(loaded.policy, config.learner.freeze_vision)
+        advice = "without --best others are tried" if best else "train again into a new run.dir"
+        step, trained = first_sound(
+            folder / "checkpoints", steps, lambda step: restore_trained(checkpoints, step, trained), advice
+        )
+    save_policy(nnx.merge(graphdef, trained, frozen), out, loaded.folder, config.chain)
     print(f"step {step} of {folder} written to {out}")
+
+
+def check_new(out: AnyPath) -> None:
+    """`save_policy` refuses such a folder too, but only after everything was read."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already: give a new folder to save the policy into")
+
+
+def wanted_steps(folder: AnyPath, there: list[int], best: bool) -> list[int]:
+    """The checkpoints to try, in turn. Raises InputError when there are none."""
+    steps = sorted(there, reverse=True)
+    if best:
+        steps = best_steps(steps, evaluation_scores(folder))
+    if not steps:
+        raise InputError(f"{folder} has no checkpoint{' that was evaluated' if best else ' yet'}")
+    return steps
+
+
+def restore_trained(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
+    """The trained parameters alone: the optimiser's state stays on disk."""
+    abstract = {"trained": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)}
+    # Without these Orbax takes the placement from the file, which may name devices of another machine, and warns.
+    placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+    restore = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
+    return checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["trained"]

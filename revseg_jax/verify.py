@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from revseg_jax.rewards.total import weights_from
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.run.determinism import use_deterministic_kernels
 from revseg_jax.run.digests import STAGES
+from revseg_jax.run.folder import read_records
 from revseg_jax.train import tracker_client, train
 
 
@@ -22,7 +22,7 @@ def main(run: str, steps: int) -> None:
     """Prints one line when the first `steps` steps are the same; else raises RunFailure that names the first step and
     stage (data, tokens, rewards, update) that differ."""
     folder = path_of(run)
-    recorded = read_digests(folder)
+    recorded = read_records(folder / "digests.jsonl")
     steps = min(steps, len(recorded))
     if steps < 1:
         raise InputError(f"{folder} has no digests.jsonl with finished steps: there is nothing to compare with")
@@ -33,16 +33,13 @@ def main(run: str, steps: int) -> None:
         if config.run.deterministic:
             use_deterministic_kernels()
         with tracker_client(config) if weights_from(config.rewards).mask > 0 else nullcontext() as client:
-            train(config, load_engine(config), client)
-        difference = first_difference(recorded[:steps], read_digests(Path(again)))
+            taken = int(train(config, load_engine(config), client).step)
+        if taken < steps:  # what was saved is gone with the folder
+            raise RunFailure(f"stopped after {taken} of {steps} steps, nothing was compared: verify starts anew")
+        difference = first_difference(recorded[:steps], read_records(Path(again) / "digests.jsonl"))
     if difference:
         raise RunFailure(f"{folder} does not repeat: {difference}")
     print(f"{folder}: {steps} steps repeat bit for bit ({', '.join(STAGES)})")
-
-
-def read_digests(folder: Path) -> list[dict]:
-    path = folder / "digests.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def first_difference(one: list[dict], other: list[dict]) -> str | None:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from standin import StandIns
 
+from revseg_jax.config import load_config
+
 ROOT = Path(__file__).parents[1] / "tpu_scripts"
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.sh") if path.name != "common.sh")
 NEEDED = {"secrets.sh": ["host"], "install.sh": ["/opt/revseg", "tpu"], "preemptible.sh": ["true"]}
@@ -37,13 +39,15 @@ class Scripts:
     def start(self, name: str, *arguments: str, **more) -> subprocess.Popen:
         quoted = " ".join(map(shlex.quote, ARGUMENTS))
         own = {"POLL_SECONDS": "0", "SECRETS": shlex.quote(str(self.secrets)), "TRAIN_ARGUMENTS": f"({quoted})"}
+        own |= {"SIDECARS": "1", "SLURM_SIDECAR_CHECKPOINT": "/shared/sam2.1_hiera_large.pt"}
         settings = self.folder / "my settings.env"
         lines = [f"{key}={value}\n" for key, value in (own | self.changed).items()]
         settings.write_text((ROOT / "settings.env").read_text() + "".join(lines))
         options = [] if name == "preemptible.sh" else ["--settings", str(settings)]
         environment = os.environ | {"PATH": self.standins.path(), "HOME": str(self.folder)} | more
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([str(ROOT / name), *options, *arguments], env=environment, **pipes)
+        command = [str(ROOT / name), *options, *arguments]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
 
     def run(self, name: str, *arguments: str, **more) -> tuple[int, str, str]:
         process = self.start(name, *arguments, **more)
@@ -240,6 +244,14 @@ def test_watch_ends_where_starting_again_changes_nothing(scripts):
     assert code == 1 and "lost 1 times" in err
 
 
+@pytest.mark.parametrize("status", [203, 217, 255])
+def test_watch_takes_a_status_that_begins_with_2_for_a_failure(scripts, status):
+    for words in (f"ExecMainStatus={status} ActiveState=failed", f"ActiveState=failed ExecMainStatus={status}"):
+        states = (STATES, [f"training: {words}\n{RUNNING}"])
+        code, err = watched(scripts, (STATE, ["ACTIVE"]), states, MAX_FAILURES="0")
+        assert code == 1 and "failed 1 times" in err
+
+
 def test_watch_gives_up_a_slice_that_does_not_answer(scripts):
     queue = ["ACTIVE"] * 11 + ["", "", "ACTIVE"]  # ten looks; delete.sh; watch; create.sh
     code, err = watched(scripts, (STATE, queue), (STATES, [255] * 10 + [FAILED, FINISHED]))
@@ -394,6 +406,49 @@ def test_a_node_trains_with_the_settings_words(scripts):
     assert scripts.run("gpu/node.sh")[0] == 1
 
 
+TELLS_ITS_CONFIG = """#!/usr/bin/env bash
+while [[ $1 != --config ]]; do shift; done
+echo "$PWD" && exec ls "$2"
+"""
+
+
+def sidecars_stay(scripts) -> None:
+    """srun does not return from starting them."""
+    (scripts.standins.folder / "srun").rename(scripts.standins.folder / "recorded")
+    scripts.standins.script("srun", '#!/bin/sh\n[ "$1" = --overlap ] && exec sleep 1000\nexec recorded "$@"\n')
+
+
+@pytest.mark.parametrize("name", ["gpu/node.sh", "gpu/slurm_job.sh"])
+def test_configs_of_the_checkout_are_found_from_any_folder(scripts, name):
+    """The settings are named as seen from the caller's folder, which the job leaves."""
+    scripts.changed = {"SLURM_SIDECAR_CHECKPOINT": ""}
+    for tool in ("revseg", "srun"):
+        scripts.standins.script(tool, TELLS_ITS_CONFIG)
+    code, out, err = scripts.run(name, "--settings", "my settings.env", SLURM_JOB_ID="7")
+    assert code == 0, err
+    assert out.splitlines() == [str(ROOT.parent), "configs/revseg_7b.yaml"]
+    _, out, _ = scripts.run(name, "--dry-run")
+    assert shlex.split(out.splitlines()[0]) == ["+", "cd", str(ROOT.parent)]
+
+
+def test_a_slurm_job_finds_settings_named_from_another_folder(scripts):
+    scripts.standins.reply((HOSTS, ["n1"]))
+    sidecars_stay(scripts)
+    code, _, err = scripts.run("gpu/slurm_job.sh", "--settings", "my settings.env", SLURM_JOB_ID="7")
+    assert code == 0, err
+    handshake(scripts.secrets, "n1")  # secrets.sh has read them too
+
+
+def test_the_settings_as_they_come_pay_for_no_sidecar_that_nothing_asks(scripts):
+    names = '"$SIDECARS" "$SLURM_SIDECAR_CHECKPOINT" "${TRAIN_ARGUMENTS[@]}"'
+    command = ["bash", "-c", f"source {shlex.quote(str(ROOT / 'settings.env'))}; printf '%s\\n' {names}"]
+    sidecars, checkpoint, option, config, *overrides = subprocess.check_output(command, text=True).splitlines()
+    assert option == "--config"
+    config = load_config(ROOT.parent / config, overrides)
+    assert config.rewards.mask == 0 and config.run.evaluate_every == 0
+    assert (sidecars, checkpoint) == ("0", "")
+
+
 def test_slurm_submits_a_job_that_the_signal_reaches(scripts):
     scripts.changed = {"SLURM_ARGUMENTS": "(--partition=gpu --account='my group')"}
     assert scripts.run("gpu/slurm.sh")[0] == 0
@@ -407,8 +462,7 @@ def test_slurm_submits_a_job_that_the_signal_reaches(scripts):
 
 def test_a_slurm_job_starts_sidecars_and_tells_the_trainers(scripts):
     scripts.standins.reply((HOSTS, ["n1\nn2"]), ("sidecar --check", [1, ""]), ("--kill-on-bad-exit", [1, ""]))
-    (scripts.standins.folder / "srun").rename(scripts.standins.folder / "recorded")
-    scripts.standins.script("srun", '#!/bin/sh\n[ "$1" = --overlap ] && exec sleep 1000\nexec recorded "$@"\n')
+    sidecars_stay(scripts)
     code, _, err = scripts.run("gpu/slurm_job.sh", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]")
     assert code == 1, err  # the trainer's own
     train = scripts.standins.calls()[-1]

@@ -58,6 +58,11 @@ tools() { # NAMES...: commands that must be on PATH
     done
 }
 
+in_checkout() { # from here on, relative paths in the settings count from the checkout, wherever the caller is
+    SETTINGS=$(realpath "$SETTINGS")
+    run cd "$(dirname "$HERE")"
+}
+
 run() { # runs a command, or prints it so that a shell reads it back
     if [[ $DRY_RUN ]]; then
         {
@@ -107,7 +112,7 @@ training_states() {
 # From these lines to one word for all hosts.
 verdict() {
     case $1 in
-        *'ExecMainStatus=2'*) echo refused ;;
+        *'ExecMainStatus=2' | *'ExecMainStatus=2'[!0-9]*) echo refused ;; # not 203, which is systemd's own
         *ActiveState=failed* | *ActiveState=inactive*) echo failed ;;
         *SubState=running*) echo running ;;
         *SubState=exited*) echo finished ;;

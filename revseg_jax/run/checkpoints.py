@@ -16,6 +16,7 @@ from etils import epath
 
 from revseg_jax.errors import RunFailure
 from revseg_jax.paths import AnyPath, absolute, is_remote
+from revseg_jax.run.event_loops import waiting_event_loops
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,30 @@ class NewestAndBest:
 def best_steps(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
     """Those of `steps` that have a score, the best first; of equal ones the later first."""
     return sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step), reverse=True)
+
+
+def first_sound(
+    folder: AnyPath,
+    steps: Sequence[int],
+    restore: Callable[[int], Any],
+    advice: str,
+    set_aside: Callable[[int], None] = lambda step: None,
+) -> tuple[int, Any]:
+    """(step, what `restore` returns for it) of the first of `steps` whose checkpoint can be read.
+
+    Damaged ones before it are named on stderr and given to `set_aside`. Raises RunFailure, which ends with `advice`,
+    when none can be read.
+    """
+    reason = None
+    for step in steps:
+        try:
+            with waiting_event_loops():
+                return step, restore(step)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            reason = (str(error) or type(error).__name__).splitlines()[0].partition(". See full TensorStore")[0]
+            print(f"revseg: warning: checkpoint {folder / str(step)} is damaged: {reason}", file=sys.stderr)
+            set_aside(step)
+    raise RunFailure(f"no checkpoint in {folder} can be read ({reason}): {advice}")
 
 
 class Checkpoints:
@@ -103,16 +128,15 @@ class Checkpoints:
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        problem = None
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._manager.restore(step, args=items)
-                return step, restored.state, restored.data
-            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                problem = str(error).splitlines()[0]
-                print(f"revseg: warning: checkpoint {self.folder / str(step)} is damaged: {problem}", file=sys.stderr)
-                self._set_aside(step)
-        raise RunFailure(f"no checkpoint in {self.folder} can be read ({problem}): delete the run folder to start anew")
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        step, restored = first_sound(
+            self.folder,
+            steps,
+            lambda step: self._manager.restore(step, args=items),  # setting one aside replaces the manager
+            advice="delete the run folder to start anew",
+            set_aside=self._set_aside,
+        )
+        return step, restored.state, restored.data
 
     def _set_aside(self, step: int) -> None:
         """The step is going to be saved again: its damaged folder makes room but is not deleted."""

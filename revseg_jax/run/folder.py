@@ -57,7 +57,7 @@ class RunFolder:
             self.resumes = self.checkpoints.latest_step() is not None
             conditions = manifest(config, fingerprints, policy)
             if self.resumes:
-                self._check_same(config)
+                check_same_settings(self.path, config)
                 conditions["earlier_starts"] = self._earlier_starts(conditions)
             else:
                 self._forget_after(-1)
@@ -80,14 +80,6 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> RunFailure:
         return RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}")
-
-    def _check_same(self, config: Config) -> None:
-        old, new = (_settings(c) for c in (load_config(self.path / "config.yaml"), config))
-        changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
-        if changed:
-            raise InputError(
-                f"{self.path} holds a run with another config ({'; '.join(changed[:3])}): choose another run.dir"
-            )
 
     def _earlier_starts(self, conditions: dict[str, Any]) -> list[dict[str, Any]]:
         """What run.json said at each start before this one, without the config. Raises InputError for other data or
@@ -175,11 +167,23 @@ class RunFolder:
         self._mirror.push()
 
 
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Raises InputError when the run in `folder` has another config, but for what `MAY_CHANGE` names."""
+    old, new = (_settings(c) for c in (load_config(folder / "config.yaml"), config))
+    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+    if changed:
+        raise InputError(f"{folder} holds a run with another config ({'; '.join(changed[:3])}): choose another run.dir")
+
+
 def evaluation_scores(folder: Path) -> dict[int, float]:
     """J&F of the evaluations that a run has recorded, by step."""
-    path = folder / "evaluation.jsonl"
+    return {record["step"]: record["jf"] for record in read_records(folder / "evaluation.jsonl")}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What a run has logged in a .jsonl file, without a line that a crash cut off; nothing when there is no file."""
     records = map(_record, path.read_text().splitlines()) if path.exists() else ()
-    return {record["step"]: record["jf"] for record in records if record}
+    return [record for record in records if record]
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # gpu/slurm.sh
-# Submits the training to Slurm: SLURM_NODES nodes with SLURM_GPUS GPUs, one process a GPU. This checkout, the settings file, SECRETS
-# and the paths in TRAIN_ARGUMENTS must be on a file system that the nodes share. Before its time is over, and when it is
-# preempted, the run is saved; then it is queued again and goes on.
+# Submits the training to Slurm: SLURM_NODES nodes with SLURM_GPUS GPUs, one process a GPU. This checkout, in which the
+# job runs and from which relative paths in the settings count, the settings file, SECRETS and the paths in
+# TRAIN_ARGUMENTS must be on a file system that the nodes share. Before its time is over, and when it is preempted, the
+# run is saved; then it is queued again and goes on.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 arguments "$@"
 no_arguments

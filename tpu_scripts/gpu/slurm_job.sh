@@ -8,6 +8,7 @@ source "$HERE/preemptible.sh"
 arguments "$@"
 no_arguments
 settings REVSEG SECRETS SLURM_GPUS MEMORY_FRACTION COMPILATION_CACHE MAX_RESTARTS
+in_checkout
 tools srun scontrol openssl
 
 mapfile -t nodes < <(run scontrol show hostnames "${SLURM_JOB_NODELIST:-}")
