@@ -158,7 +158,7 @@ class LearnerConfig:
     clip_high: float = 0.2
     dual_clip: float = 0.0  # limit of the ratio where the advantage is negative, above 1; 0 means off
     importance_cap: float = 0.0  # truncated importance sampling between sampler and trainer; 0 trusts the sampler
-    kl: str = "loss"  # where KL to the frozen reference goes: loss | reward | off
+    kl: str = "loss"  # where KL to the frozen reference goes: loss | reward (in bfloat16 with importance_cap) | off
     kl_estimator: str = "k3"  # k1 | k2 | k3
     kl_coefficient: float = 1e-3
     reference: str = "device"  # device: the start policy itself | bfloat16: a copy | host: a copy in host memory
