@@ -375,9 +375,9 @@ def check_learner(config: Config) -> None:
         )
     if learner.algorithm == "grpo" and config.rollout.group_size < 2:
         raise InputError("rollout.group_size=1: grpo compares the rollouts of a group and needs at least 2")
+    if config.rollout.resample_limit and config.rollout.group_size < 2:
+        raise InputError("rollout.resample_limit: a group of one rollout never has spread; raise rollout.group_size")
     if learner.algorithm == "ppo":
-        if config.rollout.resample_limit:
-            raise InputError("rollout.resample_limit: groups without spread teach ppo's critic too; it is for grpo")
         for key, value in (("advantage", learner.advantage), ("credit", learner.credit)):
             if value != getattr(LearnerConfig, key):
                 raise InputError(f"learner.{key}={value} is a choice of grpo: ppo estimates advantages with its critic")

@@ -100,8 +100,8 @@ def replace_groups_without_spread(
     batches: Iterator[Batch],
     sample: Callable[[Batch], Groups],
 ) -> tuple[Groups, int]:
-    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage;
-    the first groups of further batches that have one take their places.
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage in
+    GRPO; the first groups of further batches that have one take their places.
 
     At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Of several processes
     each replaces groups of its own share, and all draw until none lacks any: they sample, and read their data,

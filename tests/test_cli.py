@@ -172,6 +172,7 @@ def test_the_demo_speaks_as_the_embedded_policy_was_taught():
         ["learner.ppo.critic=large"],
         ["learner.ppo.gae_lambda=1.1"],
         ["learner.credit=turn", "learner.algorithm=ppo"],
+        ["rollout.resample_limit=2", "learner.algorithm=ppo", "rollout.group_size=1"],
     ],
     ids="-".join,
 )

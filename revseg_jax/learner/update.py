@@ -141,7 +141,7 @@ class Learner:
 
         An optimiser step whose loss or gradient is not finite changes nothing. Returns the new state and scalar
         metrics, means over the optimiser steps, but for `skipped_updates`, their sum, and `logprob_gap` and
-        `logprob_gap_mean`, the largest and the mean difference between sampler and trainer, seen before the first.
+        `logprob_gap_mean`, the largest and the mean difference between sampler and trainer in the first minibatch.
         """
         minibatches = split(experience, self.config.minibatches)
 
