@@ -399,6 +399,14 @@ def test_a_trainer_that_saved_after_sigterm_has_not_finished(scripts):
         assert process.returncode == 75
 
 
+def test_a_signal_before_the_trainer_is_known_reaches_it():
+    """It comes between the start of the trainer and the shell's next command."""
+    signalled = """trap '[[ $BASH_COMMAND == "child=$"* ]] && kill -TERM $$' DEBUG"""
+    words = f"source {shlex.quote(str(ROOT / 'preemptible.sh'))}; set -T; {signalled}; preemptible sleep 1000"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 def test_a_node_trains_with_the_settings_words(scripts):
     assert scripts.run("gpu/node.sh")[0] == 0
     assert scripts.standins.calls() == [["revseg", "train", *ARGUMENTS]]

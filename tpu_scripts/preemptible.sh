@@ -5,10 +5,11 @@
 set -uo pipefail
 
 preemptible() {
-    local child code stopped=
-    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null' TERM INT
+    local child= code stopped= early=
+    trap 'stopped=yes; if [[ $child ]]; then kill -TERM "$child" 2>/dev/null; else early=yes; fi' TERM INT
     "$@" &
     child=$!
+    [[ $early ]] && kill -TERM "$child" 2>/dev/null # the signal came before the child was known
     wait "$child"
     code=$?
     while [[ $stopped ]] && kill -0 "$child" 2>/dev/null; do wait "$child"; done
