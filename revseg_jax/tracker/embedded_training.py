@@ -54,6 +54,7 @@ def train_tracker(out: Path, seed: int = 0, minutes: float = 40.0, scored_clips:
         Steps(seed, phases, model.image_size),
         batch_size=None,
         num_workers=1,
+        multiprocessing_context="spawn",  # a fork stops the threads that gRPC and JAX have by then
         prefetch_factor=8,
         persistent_workers=True,
     )
