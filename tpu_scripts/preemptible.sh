@@ -5,7 +5,7 @@
 set -uo pipefail
 
 preemptible() {
-    local child= code stopped= early=
+    local child='' code stopped='' early=''
     trap 'stopped=yes; if [[ $child ]]; then kill -TERM "$child" 2>/dev/null; else early=yes; fi' TERM INT
     "$@" &
     child=$!
