@@ -11,7 +11,7 @@ from flax import nnx
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.paths import AnyPath, absolute, path_of
-from revseg_jax.policy.checkpoint import load_policy, save_policy
+from revseg_jax.policy.checkpoint import check_new, load_policy, save_policy
 from revseg_jax.rollout.loading import split_policy
 from revseg_jax.run.checkpoints import best_steps, first_sound
 from revseg_jax.run.folder import evaluation_scores
@@ -23,7 +23,7 @@ def main(run: str, out: str, best: bool = False) -> None:
     folder = path_of(run)
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is not a run folder: it has no config.yaml")
-    check_new(path_of(out))
+    check_new(path_of(out))  # before everything is read
     config = load_config(folder / "config.yaml")
     # read_only: nothing is created or cleared away in the run, which may still be training.
     options = ocp.CheckpointManagerOptions(read_only=True)
@@ -37,12 +37,6 @@ def main(run: str, out: str, best: bool = False) -> None:
         )
     save_policy(nnx.merge(graphdef, trained, frozen), out, loaded.folder, config.chain)
     print(f"step {step} of {folder} written to {out}")
-
-
-def check_new(out: AnyPath) -> None:
-    """`save_policy` refuses such a folder too, but only after everything was read."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: give a new folder to save the policy into")
 
 
 def wanted_steps(folder: AnyPath, there: list[int], best: bool) -> list[int]:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from revseg_jax.config import AxesConfig, ChainConfig, to_yaml, yaml_fault
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.parallel.sharding import Placement, place
-from revseg_jax.paths import is_remote, local_copy, path_of, upload
+from revseg_jax.paths import AnyPath, is_remote, local_copy, path_of, upload
 from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import from_hf, read_config, to_hf
 from revseg_jax.policy.conversation import conversation_logits
@@ -170,6 +170,12 @@ def read_chain(folder: Path) -> ChainConfig | None:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
+def check_new(folder: AnyPath) -> None:
+    """Raises InputError for a folder that `save_policy` would refuse."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already: give a new folder to save the policy into")
+
+
 def save_policy(
     policy: Policy,
     folder: str | Path,
@@ -184,8 +190,7 @@ def save_policy(
     not at all; one that exists and is not empty is an InputError. A full disk or unwritable place is a RunFailure.
     """
     folder = path_of(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already: give a new folder to save the policy into")
+    check_new(folder)
     if is_remote(folder):
         with tempfile.TemporaryDirectory() as local:
             save_policy(policy, Path(local) / "policy", source_folder, chain, dtype)
