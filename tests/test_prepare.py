@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import dataset_trees as trees
@@ -331,6 +332,24 @@ def test_strict_stops_at_the_first_problem(tmp_path):
     with pytest.raises(InputError, match="00001.jpg .video bad_frame. is no readable JPEG"):
         prepared_clips("mevis", damaged_mevis, tmp_path, "valid_u", strict=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_strict_forgives_nothing_that_was_written_without_it(tmp_path, monkeypatch):
+    """Neither parts, which are built again, nor a complete folder."""
+    root = damaged_mevis(tmp_path / "in")
+    build = partial(prepare, "mevis", root, tmp_path / "out", ["valid_u"], workers=1, progress=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as all_but_the_end, pytest.raises(KeyboardInterrupt):
+        all_but_the_end.setattr(writer, "_finish", interrupt)
+        build()
+    with pytest.raises(InputError, match="00001.jpg .video bad_frame. is no readable JPEG"):
+        build(strict=True)
+    build()
+    with pytest.raises(InputError, match=f"out was written in spite of the problems in .*{writer.PROBLEMS}"):
+        build(strict=True)
 
 
 def test_a_split_without_anything_usable_is_an_error(tmp_path):

@@ -71,7 +71,8 @@ def write_dataset(
 
     settings is everything that decides the content: a complete folder with equal settings is reused as it is, and
     `parts` is not called. problems: found before any part, by split. truth: by split, whether expressions without
-    objects are so because nobody may know (default: no). strict: the first problem is an InputError.
+    objects are so because nobody may know (default: no). strict: the first problem is an InputError, and so is a
+    complete folder that was written in spite of problems.
 
     Raises InputError when the folder holds anything else or a split nothing usable, RunFailure when it cannot be
     written; what was done stays for the next time.
@@ -79,14 +80,14 @@ def write_dataset(
     out = local_only(out)
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
     if out.exists():
-        return _reuse(out, settings)
+        return _reuse(out, settings, strict)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     work = out.parent / f".{out.name}.{digest}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _locked(work):
             if out.exists():  # another process has finished it meanwhile
-                return _reuse(out, settings)
+                return _reuse(out, settings, strict)
             todo = list(parts())
             first = {part.split: list((problems or {}).get(part.split, ())) for part in todo}
             if strict and any(first.values()):
@@ -101,10 +102,12 @@ def write_dataset(
         raise RunFailure(f"cannot write the dataset {out}: {str(error).splitlines()[0]}") from None
 
 
-def _reuse(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _reuse(out: Path, settings: dict[str, Any], strict: bool) -> dict[str, Any]:
     prepared = read_prepared(out)
     if prepared["settings"] != settings:
         raise InputError(f"{out} holds a dataset with other settings: delete it or choose another folder")
+    if strict and any(summary["problems"] for summary in prepared["summary"].values()):
+        raise InputError(f"{out} was written in spite of the problems in {out / PROBLEMS}: mend them and delete it")
     return prepared
 
 
@@ -123,6 +126,8 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _write_parts(work: Path, parts: list[Part], strict: bool, workers: int, progress: bool) -> list[PartReport]:
     reports = [_read_report(work, number, part) for number, part in enumerate(parts)]
+    if strict:  # what was written without it, in spite of problems
+        reports = [None if report and report.problems else report for report in reports]
     missing = [number for number, report in enumerate(reports) if report is None]
     done = sum(part.videos for part, report in zip(parts, reports, strict=True) if report is not None)
     total = sum(part.videos for part in parts)
