@@ -29,7 +29,7 @@ SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES = {"v5e": SQUARES, "v6e": SQUARES, "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")}
 PROMPTS = 128
 SAMPLER_SHARE = 0.4  # of a chip's memory that the sampler's copy of the parameters may take
-PROGRAMS = "update,score,prefill,decode,turn2"  # what needs the most memory first
+PROGRAMS = "update,score,prefill,decode,turn2,decode2"  # what needs the most memory first
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def parser() -> Parser:
         "--topology", required=True, help="such as v5p:4x4x4; with mesh.slice=N, of each of the N slices"
     )
     ahead.add_argument(
-        "--programs", default="all", help="prefill, decode, turn2, score, update; names with commas between"
+        "--programs", default="all", help="prefill, decode, turn2, decode2, score, update; names with commas between"
     )
     ahead.add_argument("--json", action="store_true", help="one JSON object as the last line")
     configurable(ahead)

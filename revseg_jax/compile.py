@@ -20,6 +20,7 @@ from revseg_jax.learner.flops import update_flops
 from revseg_jax.parallel.sharding import make_placement
 
 PAPER_STEP_SECONDS = 725  # of 128 prompts x 8 rollouts at 16 frames, on hardware that the paper does not name
+SAMPLING = ("prefill", "decode", "turn2", "decode2")  # the programs that need the sampler's weights and its caches
 NAMED = 4  # largest buffers and dearest places that are named
 GIB = 2**30
 
@@ -115,7 +116,7 @@ def summary(programs: StepPrograms, pod: Pod, compiled: dict[str, Compiled]) -> 
     resident = {name: size for name, size in memory.items() if name not in ("sampler", "kv_cache")}
     sampling = memory["sampler"] + memory["kv_cache"]
     peaks = {
-        name: sum(resident.values()) + one.temporary + (sampling if name in ("prefill", "decode", "turn2") else 0)
+        name: sum(resident.values()) + one.temporary + (sampling if name in SAMPLING else 0)
         for name, one in compiled.items()
     }
     largest = max(peaks, key=peaks.get)
@@ -164,9 +165,7 @@ def step_seconds(programs: StepPrograms, compiled: dict[str, Compiled]) -> float
     """Of a whole step: sampling part by part with all answers at their limits, one pass of the reference, the update.
     What the host and the sidecars do meanwhile is not in it."""
     seconds = {name: one.cost.seconds for name, one in compiled.items()}
-    part = seconds["prefill"] + seconds["decode"]
-    if "turn2" in seconds:
-        part += seconds["turn2"] + seconds["decode"] * (programs.layout.turn2 + 1) / (programs.layout.turn1 + 1)
+    part = sum(seconds.get(name, 0.0) for name in SAMPLING)
     parts = programs.config.rollout.prompts_per_step // programs.prompts_per_batch
     score = seconds["score"] if programs.config.learner.kl != "off" else 0.0
     return part * parts + score + seconds["update"]

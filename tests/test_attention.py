@@ -16,7 +16,12 @@ from revseg_jax.errors import InputError
 from revseg_jax.policy import attention as dispatch
 from revseg_jax.policy import attention_plain
 from revseg_jax.policy.attention import AttentionChoice, attention, windowed_attention
-from revseg_jax.policy.attention_kernels import splash_attention, splash_suffix_attention
+from revseg_jax.policy.attention_kernels import (
+    cudnn_attention,
+    cudnn_suffix_attention,
+    splash_attention,
+    splash_suffix_attention,
+)
 from revseg_jax.policy.attention_plain import plain_attention, shared_prefix_attention
 
 interpreted = partial(splash_attention, interpret=jax.default_backend() != "tpu")
@@ -172,20 +177,38 @@ def test_kernels_equal_plain_attention(name, causal, segmented):
         np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), atol=tolerance)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cudnn_is_given_even_lengths_only(shape, causal, segmented, monkeypatch):
+    """JAX takes the gradient of no other ones. XLA stands in for cuDNN, behind the same function."""
+    attend = jax.nn.dot_product_attention
+
+    def even_only(query, *rest, implementation, **options):
+        assert implementation == "cudnn" and query.shape[1] % 2 == 0
+        return attend(query, *rest, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", even_only)
+    *parts, segments = draw(shape)
+    segments = segments if segmented else None
+    results = (run(*parts, segments, causal) for run in (cudnn_attention, plain_attention))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
 def test_the_choice_by_platform(monkeypatch):
-    def chosen(platform, dtype=jnp.bfloat16, length=1024, width=80, devices=1, segmented=True):
+    def chosen(platform, dtype=jnp.bfloat16, length=1024, width=80, devices=1):
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        return AttentionChoice().resolve(dtype, length, width, segmented)
+        return AttentionChoice().resolve(dtype, length, width)
 
     assert chosen("cpu") == "xla"
     assert chosen("gpu") == "cudnn" and chosen("gpu", devices=8) == "cudnn"
-    assert {chosen("gpu", jnp.float32), chosen("gpu", length=1023), chosen("gpu", width=12)} == {"xla"}
-    assert chosen("gpu", length=1023, segmented=False) == "cudnn"
+    assert {chosen("gpu", jnp.float32), chosen("gpu", width=12)} == {"xla"}
     assert chosen("tpu") == "splash" and chosen("tpu", jnp.float32) == "splash"
     assert chosen("tpu", devices=4) == "xla"  # a kernel of one device: on several it needs the mesh
     assert {chosen("gpu", length=64), chosen("tpu", length=64)} == {"xla"}  # windows
-    assert AttentionChoice("splash").resolve(jnp.float32, 8, 8, segmented=True) == "splash"
+    assert AttentionChoice("splash").resolve(jnp.float32, 8, 8) == "splash"
     with pytest.raises(InputError, match="attention=flash is not one of auto, xla, cudnn, splash"):
         AttentionChoice("flash")
     used = []
@@ -194,7 +217,15 @@ def test_the_choice_by_platform(monkeypatch):
     assert len(used) == 1
 
 
-def test_suffix_kernel_equals_plain_attention_over_prefix_and_suffixes():
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        partial(splash_suffix_attention, interpret=jax.default_backend() != "tpu"),
+        partial(cudnn_suffix_attention, run=plain_attention),  # all of it but cuDNN's own causal attention
+    ],
+    ids=["splash", "cudnn"],
+)
+def test_suffix_kernels_equal_plain_attention_over_prefix_and_suffixes(kernel):
     """Output and all gradients, with padding in the prefix, at the end of suffixes and between their turns."""
     prompts, groups, slots, prefix, heads, key_heads, width = 2, 2, 70, 150, 4, 2, 16
     rng = np.random.default_rng(0)
@@ -208,20 +239,17 @@ def test_suffix_kernel_equals_plain_attention_over_prefix_and_suffixes():
     real, prefix_real = np.ones((prompts, groups, slots), bool), np.ones((prompts, prefix), bool)
     real[0, 0, 30:40] = real[1, :, 60:] = False
     prefix_real[1, 100:] = False
+    prefix_real = jnp.asarray(prefix_real)
     causal = np.tril(np.ones((slots, slots), bool)) & real[:, :, None, :]
     weights = normal(*query.shape) * real[..., None, None]
 
-    def loss(kernel, query, key, value, *shared):
-        if kernel:
-            interpret = jax.default_backend() != "tpu"
-            output = splash_suffix_attention(query, key, value, real, (*shared, prefix_real), interpret)
-        else:
-            output = shared_prefix_attention(query, key, value, causal, (*shared, prefix_real))
+    def loss(run, mask, query, key, value, *shared):
+        output = run(query, key, value, mask, (*shared, prefix_real))
         return jnp.sum(output * weights), output
 
     results = [
-        jax.value_and_grad(partial(loss, kernel), (0, 1, 2, 3, 4), has_aux=True)(query, key, value, *shared)
-        for kernel in (True, False)
+        jax.value_and_grad(partial(loss, *run), (0, 1, 2, 3, 4), has_aux=True)(query, key, value, *shared)
+        for run in ((kernel, jnp.asarray(real)), (shared_prefix_attention, causal))
     ]
     (ours, our_gradients), (expected, gradients) = (((aux), grads) for ((_, aux), grads) in results)
     np.testing.assert_allclose(ours[real], expected[real], atol=1e-4)

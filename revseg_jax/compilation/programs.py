@@ -26,12 +26,12 @@ from revseg_jax.policy.config import PUBLISHED, ModelConfig, read_config
 from revseg_jax.policy.model import Policy
 from revseg_jax.policy.text import PrefixCache, SuffixCache
 from revseg_jax.rollout.batch import RolloutBatch
-from revseg_jax.rollout.engine import answer_turn1, read_prefix, read_turn2
+from revseg_jax.rollout.engine import answer_turn1, answer_turn2, read_prefix, read_turn2
 from revseg_jax.rollout.layout import PromptEncoder, SlotLayout
 from revseg_jax.rollout.loading import split_policy
 from revseg_jax.rollout.sampling import SamplingConfig
 
-PROGRAMS = ("prefill", "decode", "turn2", "score", "update")
+PROGRAMS = ("prefill", "decode", "turn2", "decode2", "score", "update")
 
 
 def model_config(path: str) -> ModelConfig:
@@ -48,9 +48,9 @@ def model_config(path: str) -> ModelConfig:
 class StepPrograms:
     """The programs of a training step on a mesh. All arrays are shapes with shardings; nothing is allocated.
 
-    `lower(name)` gives, for a name of `PROGRAMS`: prefill (video and prompt into the cache), decode (the first answer;
-    the second is the same program with another limit), turn2 (keyframes and turn-2 prompts into the cache; not in a
-    chain of one turn), score (one pass of the reference), update (loss, gradients, optimiser).
+    `lower(name)` gives, for a name of `PROGRAMS`: prefill (video and prompt into the cache), decode (the first answer),
+    turn2 (keyframes and turn-2 prompts into the cache) and decode2 (the second answer), both not in a chain of one
+    turn, score (one pass of the reference), update (loss, gradients, optimiser).
     """
 
     config: Config
@@ -59,7 +59,7 @@ class StepPrograms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in PROGRAMS if name != "turn2" or self.layout.turn2_prompt)
+        return tuple(name for name in PROGRAMS if name not in ("turn2", "decode2") or self.layout.turn2_prompt)
 
     def lower(self, name: str) -> jax.stages.Lowered:
         return getattr(self, f"_{name}")()
@@ -179,13 +179,20 @@ class StepPrograms:
         return read_prefix.lower(self.parts[0], self.sampler, batch.frames, *prefix)
 
     def _decode(self) -> jax.stages.Lowered:
-        prompts, group = self.prompts_per_batch, self.config.rollout.group_size
-        one, alive = self._rows(jnp.int32, prompts, group), self._rows(bool, prompts, group)
-        keys = self._rows(jnp.uint32, prompts, group, 2)
-        return answer_turn1.lower(
-            *(self.parts[0], self.layout.turn1, self.layout.suffix, self.sampling),
-            *(self.sampler, self.caches(prompts)[0], one, one, alive, keys),
-        )
+        prefix, _ = self.caches(self.prompts_per_batch)
+        static = self.parts[0], self.layout.turn1, self.layout.suffix, self.sampling
+        return answer_turn1.lower(*static, self.sampler, prefix, *self._first_tokens)
+
+    def _decode2(self) -> jax.stages.Lowered:
+        static = self.parts[0], self.layout.turn2_start - 1, self.layout.turn2, self.sampling
+        return answer_turn2.lower(*static, self.sampler, *self.caches(self.prompts_per_batch), *self._first_tokens)
+
+    @property
+    def _first_tokens(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What an answer begins with: token, position, alive and key of every rollout."""
+        rows = self.prompts_per_batch, self.config.rollout.group_size
+        token = self._rows(jnp.int32, *rows)
+        return token, token, self._rows(bool, *rows), self._rows(jnp.uint32, *rows, 2)
 
     def _turn2(self) -> jax.stages.Lowered:
         prompts, group = self.prompts_per_batch, self.config.rollout.group_size
@@ -211,7 +218,7 @@ class StepPrograms:
 
     def loop_limit(self, name: str) -> int:
         """Turns of the loops whose length depends on the data."""
-        return self.layout.turn1 + 1 if name == "decode" else 1
+        return 1 + {"decode": self.layout.turn1, "decode2": self.layout.turn2}.get(name, 0)
 
     def kernel_flops(self, work: Work) -> float:
         """Of one run of the splash kernel: two products a visible pair of blocks forward; backward four for keys and

@@ -13,7 +13,12 @@ from jax.sharding import PartitionSpec
 
 from revseg_jax.errors import InputError
 from revseg_jax.parallel.sharding import Placement
-from revseg_jax.policy.attention_kernels import cudnn_attention, splash_attention, splash_suffix_attention
+from revseg_jax.policy.attention_kernels import (
+    cudnn_attention,
+    cudnn_suffix_attention,
+    splash_attention,
+    splash_suffix_attention,
+)
 from revseg_jax.policy.attention_plain import KEPT, plain_attention, plain_gradients, shared_prefix_attention
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
@@ -39,15 +44,14 @@ class AttentionChoice:
         """ "cpu", "gpu" or "tpu"."""
         return self.placement.mesh.devices.flat[0].platform if self.placement is not None else jax.default_backend()
 
-    def resolve(self, dtype: jnp.dtype, length: int, width: int, segmented: bool) -> str:
-        """ "xla" unless a kernel is known to take it. Windows of a few slots are batched matmuls, best left to XLA.
-        segmented: whether there are segments, for which a kernel may need a mask."""
+    def resolve(self, dtype: jnp.dtype, length: int, width: int) -> str:
+        """ "xla" unless a kernel is known to take it. Windows of a few slots are batched matmuls, best left to XLA."""
         if self.implementation != "auto":
             return self.implementation
         if length < SHORT:
             return "xla"
         if self.platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128:
-            return "xla" if segmented and length % 2 else "cudnn"  # no gradient of a mask of odd lengths
+            return "cudnn"
         if self.platform == "tpu" and (self.placement is not None or jax.device_count() == 1):
             return "splash"
         return "xla"
@@ -72,7 +76,7 @@ def attention(
     Gradients reach the output from every implementation, the log-sum-exp only from "xla".
     """
     run = {"xla": plain_attention, "cudnn": cudnn_attention, "splash": splash_attention}[
-        choice.resolve(query.dtype, query.shape[1], query.shape[3], segments is not None)
+        choice.resolve(query.dtype, query.shape[1], query.shape[3])
     ]
     if run is splash_attention and choice.placement is not None:
         run = on_mesh(run, choice.placement, rows=len(query), key_heads=key.shape[2])
@@ -103,7 +107,7 @@ def _windowed_forward(query, key, value, segments, full, windows, choice):
     def run(sets: int) -> tuple[jax.Array, jax.Array]:
         folded = _fold(sets, (query, key, value, segments))
         output, logsumexp = attention(*folded, choice=choice)
-        if choice.resolve(query.dtype, folded[0].shape[1], query.shape[3], segments is not None) != "xla":
+        if choice.resolve(query.dtype, folded[0].shape[1], query.shape[3]) != "xla":
             logsumexp = jnp.zeros_like(logsumexp)  # not needed, and a second call of the kernel
         return output.reshape(query.shape), logsumexp.reshape(query.shape[:3])
 
@@ -114,12 +118,11 @@ def _windowed_forward(query, key, value, segments, full, windows, choice):
 
 def _windowed_backward(windows, choice, kept, into_output):
     *inputs, full, output, logsumexp = kept
-    segmented = inputs[-1] is not None
     shape = into_output.shape
 
     def run(sets: int) -> tuple[jax.Array, ...]:
         *folded, result, result_logsumexp, into = _fold(sets, (*inputs, output, logsumexp, into_output))
-        if choice.resolve(into.dtype, into.shape[1], shape[3], segmented) == "xla":
+        if choice.resolve(into.dtype, into.shape[1], shape[3]) == "xla":
             into_result = into, jnp.zeros_like(result_logsumexp)
             gradients = plain_gradients(False, (*folded, result, result_logsumexp), into_result)[:3]
         else:
@@ -150,9 +153,12 @@ def suffix_attention(
 
     mask bool [B, G, S, S] is causal: a query sees the real slots up to its own. Results at padding mean nothing.
     """
-    if choice.resolve(query.dtype, query.shape[2], query.shape[4], segmented=True) != "splash":
+    implementation = choice.resolve(query.dtype, query.shape[2], query.shape[4])
+    if implementation == "xla":
         return shared_prefix_attention(query, key, value, mask, prefix)
     real = jnp.diagonal(mask, axis1=-2, axis2=-1)
+    if implementation == "cudnn":
+        return cudnn_suffix_attention(query, key, value, real, prefix)
     if choice.placement is None:
         return splash_suffix_attention(query, key, value, real, prefix)
     table = choice.placement

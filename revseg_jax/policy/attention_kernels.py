@@ -7,6 +7,7 @@ under jit the one that nobody reads is dropped.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -23,11 +24,58 @@ def cudnn_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """As `attention`, for float16 and bfloat16. The log-sum-exp comes in that type's precision, without a gradient."""
+    length = query.shape[1]
+    # JAX takes the gradient of even lengths only.
+    *parts, segments = _padded(length + length % 2, query, key, value, segments, causal)
     # A mask costs cuDNN an array of [N, S, S], which none of its own masks needs.
     same = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     run = partial(jax.nn.dot_product_attention, mask=same, is_causal=causal, implementation="cudnn")
-    _, logsumexp = run(*map(jax.lax.stop_gradient, (query, key, value)), return_residual=True)
-    return run(query, key, value), logsumexp.astype(jnp.float32)
+    _, logsumexp = run(*map(jax.lax.stop_gradient, parts), return_residual=True)
+    return run(*parts)[:, :length], logsumexp.astype(jnp.float32)[:, :length]
+
+
+def cudnn_suffix_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    real: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array],
+    run: Callable = cudnn_attention,
+) -> jax.Array:
+    """As `splash_suffix_attention`. run: an `attention` of another platform, to test with.
+
+    Every suffix becomes a row of its own with the prefix before it and its real slots first: causal attention needs no
+    mask then, which would be an array of [G, S, P + S] for cuDNN. The prefix's keys and values are copied G times,
+    little beside the scores that are never held, and stand beside queries of zeros, as cuDNN's causal mask wants as
+    many queries as keys.
+    """
+    shared = prefix[0].shape[1]
+
+    def rows(prefix_part: jax.Array, part: jax.Array) -> jax.Array:
+        """[B, P, ...] and [B, G, S, ...] -> [B * G, P + S, ...]"""
+        copies = jnp.broadcast_to(prefix_part[:, None], (*part.shape[:2], *prefix_part.shape[1:]))
+        both = jnp.concatenate([copies.astype(part.dtype), part], axis=2)
+        return both.reshape(-1, *both.shape[2:])
+
+    order = jnp.argsort(~rows(prefix[2], real), axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    nothing = jnp.zeros((len(query), shared, *query.shape[3:]), query.dtype)
+    parts = rows(nothing, query), rows(prefix[0], key), rows(prefix[1], value)
+    output, _ = run(*(_permuted(part, order, back) for part in parts), None, True)
+    return _permuted(output, back, order)[:, shared:].reshape(query.shape)
+
+
+@jax.custom_vjp
+def _permuted(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """The slots of x [N, S, H, D] in another order, int [N, S]; `back` is its inverse, by which the gradient is taken
+    from where it stands. JAX would add it up, by atomic operations on a GPU."""
+    return jnp.take_along_axis(x, order[..., None, None], axis=1, mode="promise_in_bounds")
+
+
+_permuted.defvjp(
+    lambda x, order, back: (_permuted(x, order, back), (order, back)),
+    lambda kept, into: (_permuted(into, *reversed(kept)), None, None),
+)
 
 
 def splash_attention(
@@ -43,12 +91,8 @@ def splash_attention(
 
     length, heads, width = query.shape[1:]
     padded = padded_length(length)
-    query = query * width**-0.5
-    if segments is None and not causal and padded > length:
-        segments = jnp.zeros(query.shape[:2], jnp.int32)
-    query, key, value = (jnp.pad(part, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for part in (query, key, value))
+    *parts, segments = _padded(padded, query * width**-0.5, key, value, segments, causal)
     if segments is not None:
-        segments = jnp.pad(segments, ((0, 0), (0, padded - length)), constant_values=-1)
         segments = splash.SegmentIds(segments, segments)
     blocks = _blocks(padded)
     mask = (splash.CausalMask if causal else splash.FullMask)((padded, padded))
@@ -66,7 +110,7 @@ def splash_attention(
 
         return jax.vmap(kernel)
 
-    parts = [part.swapaxes(1, 2) for part in (query, key, value)]  # [N, H, S, D]
+    parts = [part.swapaxes(1, 2) for part in parts]  # [N, H, S, D]
     output = run(False)(*parts, segments).swapaxes(1, 2)
     _, (logsumexp,) = run(True)(*map(jax.lax.stop_gradient, parts), segments)
     return output[:, :length], logsumexp.swapaxes(1, 2)[:, :length]
@@ -117,6 +161,18 @@ def splash_suffix_attention(
     parts = suffixes(query * width**-0.5), row(prefix_key, key), row(prefix_value, value)
     output = jax.vmap(kernel)(*(part.swapaxes(1, 2) for part in parts), ids).swapaxes(1, 2)
     return output.reshape(prompts, groups, own, heads, width)[:, :, :length]
+
+
+def _padded(
+    slots: int, query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None, causal: bool
+) -> tuple[jax.Array | None, ...]:
+    """Arguments of `attention` with so many slots; no query sees the new ones."""
+    more = (0, slots - query.shape[1])
+    if segments is None and not causal and any(more):
+        segments = jnp.zeros(query.shape[:2], jnp.int32)
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), more), constant_values=-1)
+    return *(jnp.pad(part, ((0, 0), more, (0, 0), (0, 0))) for part in (query, key, value)), segments
 
 
 def padded_length(length: int) -> int:

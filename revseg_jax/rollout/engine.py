@@ -268,11 +268,13 @@ def _answer(policy: Policy, parts) -> tuple[jax.Array, ...]:
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def answer_turn1(graphdef, limit, slots, sampling, params, prefix, token, position, alive, keys):
+    """The first answers, and the suffix cache of `slots` slots with them in it."""
     policy, keys = nnx.merge(graphdef, *params), jax.random.wrap_key_data(keys)
-    cache = empty_suffix_cache(policy.config.text, *token.shape, slots, prefix.key.dtype)
+    # Every token reads the whole cache: no slots yet for what comes later.
+    cache = empty_suffix_cache(policy.config.text, *token.shape, 1 + limit, prefix.key.dtype)
     cache = cache._replace(key=_cached(policy, cache.key), value=_cached(policy, cache.value))
     *answer, cache = decode_answer(policy, prefix, cache, token, position, alive, keys, 0, limit, sampling)
-    return _answer(policy, answer), cache
+    return _answer(policy, answer), cache.widened(slots)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
