@@ -15,7 +15,7 @@ import pytest
 from revseg_jax.errors import InputError
 from revseg_jax.policy import attention as dispatch
 from revseg_jax.policy import attention_plain
-from revseg_jax.policy.attention import AttentionChoice, attention, windowed_attention
+from revseg_jax.policy.attention import AttentionChoice, attention, cached_attention, windowed_attention
 from revseg_jax.policy.attention_kernels import (
     cudnn_attention,
     cudnn_suffix_attention,
@@ -255,6 +255,28 @@ def test_suffix_kernels_equal_plain_attention_over_prefix_and_suffixes(kernel):
     np.testing.assert_allclose(ours[real], expected[real], atol=1e-4)
     for a, b in zip(our_gradients, gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_kernel_appends_several_tokens_as_plain_attention_does(monkeypatch):
+    """In slots amid a cache: padding before them and within them, and slots behind them that nobody may see."""
+    prompts, groups, slots, prefix, heads, key_heads, width = 2, 2, 12, 9, 4, 2, 16
+    slot, length = 4, 5
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    query = normal(prompts, groups, length, heads, width)
+    filled = np.arange(slots) < slot + length
+    filled = np.broadcast_to(filled, (prompts, groups, slots)).copy()
+    filled[0, 1, 2] = filled[1, 0, 5:7] = False
+    own = *(normal(prompts, key_heads, groups, slots, width) for _ in range(2)), jnp.asarray(filled)
+    prefix_real = jnp.asarray(np.arange(prefix) < np.array([[prefix], [6]]))
+    shared = *(normal(prompts, key_heads, prefix, width) for _ in range(2)), prefix_real
+    monkeypatch.setattr(dispatch, "cudnn_suffix_attention", partial(cudnn_suffix_attention, run=plain_attention))
+    ours, expected = (cached_attention(query, own, shared, slot, AttentionChoice(name)) for name in ("cudnn", "xla"))
+    real = filled[:, :, slot : slot + length]
+    np.testing.assert_allclose(ours[real], expected[real], atol=1e-5)
 
 
 COMPILE = """

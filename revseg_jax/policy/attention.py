@@ -19,7 +19,13 @@ from revseg_jax.policy.attention_kernels import (
     splash_attention,
     splash_suffix_attention,
 )
-from revseg_jax.policy.attention_plain import KEPT, plain_attention, plain_gradients, shared_prefix_attention
+from revseg_jax.policy.attention_plain import (
+    KEPT,
+    head_major_attention,
+    plain_attention,
+    plain_gradients,
+    shared_prefix_attention,
+)
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SHORT = 256  # slots; below it no kernel is chosen
@@ -172,6 +178,32 @@ def suffix_attention(
         out_specs=suffix,
         check_vma=False,  # Pallas calls do not say how their results vary over the mesh
     )(query, key, value, real, prefix)
+
+
+def cached_attention(
+    query: jax.Array,
+    own: tuple[jax.Array, jax.Array, jax.Array],
+    shared: tuple[jax.Array, jax.Array, jax.Array],
+    slot: jax.Array,
+    choice: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
+) -> jax.Array:
+    """Attention of tokens at slots [slot, slot + S) of every suffix; their keys and values are in the cache already.
+
+    query [B, G, S, H, D]; own: key, value [B, K, G, T, D] and bool [B, G, T], which slots are real; shared: key, value
+    [B, K, P, D] and bool [B, P]. Returns [B, G, S, H, D]. Several tokens at once go by a kernel where there is one.
+    """
+    key, value, filled = own
+    slots, length, width = filled.shape[2], query.shape[2], query.shape[4]
+    if length == 1 or choice.resolve(query.dtype, slots, width) == "xla":
+        causal = jnp.arange(slots) <= slot + jnp.arange(length)[:, None]
+        return head_major_attention(query, (key, value, filled[:, :, None, :] & causal), shared)
+    # Kernels take whole suffixes: in the other slots stand queries of zeros.
+    whole = jnp.zeros((*query.shape[:2], slots, *query.shape[3:]), query.dtype)
+    whole = jax.lax.dynamic_update_slice_in_dim(whole, query, slot, axis=2)
+    mask = filled[:, :, None, :] & jnp.tril(jnp.ones((slots, slots), bool))
+    prefix = jnp.moveaxis(shared[0], 1, 2), jnp.moveaxis(shared[1], 1, 2), shared[2]
+    mixed = suffix_attention(whole, jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 3), mask, prefix, choice)
+    return jax.lax.dynamic_slice_in_dim(mixed, slot, length, axis=2)
 
 
 def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> Callable:

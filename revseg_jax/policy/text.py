@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from revseg_jax.parallel.sharding import constrain
-from revseg_jax.policy.attention import AttentionChoice, attention, suffix_attention
-from revseg_jax.policy.attention_plain import head_major_attention
+from revseg_jax.policy.attention import AttentionChoice, attention, cached_attention, suffix_attention
 from revseg_jax.policy.config import TextConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
 from revseg_jax.policy.remat import rematerialised
@@ -196,10 +195,7 @@ class Decoder(nnx.Module):
         Returns the final-normed hidden [B, G, S, width] and the cache with the slots filled.
         """
         graphdef = nnx.graphdef(self.layers)
-        length, slots = x.shape[2], cache.mask.shape[2]
         filled = jax.lax.dynamic_update_slice(cache.mask, real, (0, 0, slot))
-        causal = jnp.arange(slots) <= slot + jnp.arange(length)[:, None]
-        mask = filled[:, :, None, :] & causal
 
         def layer(carry, read):
             x, keys, values = carry
@@ -209,8 +205,8 @@ class Decoder(nnx.Module):
             key, value = jnp.transpose(key, (0, 3, 1, 4, 2)), jnp.transpose(value, (0, 3, 1, 2, 4))
             keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), (index, 0, 0, 0, 0, slot))
             values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), (index, 0, 0, 0, slot, 0))
-            own, shared = (keys[index].mT, values[index], mask), (prefix_key.mT, prefix_value, prefix_mask)
-            mixed = head_major_attention(query, own, shared)
+            own, shared = (keys[index].mT, values[index], filled), (prefix_key.mT, prefix_value, prefix_mask)
+            mixed = cached_attention(query, own, shared, slot, self.attention)
             return (module.finish(x, mixed), keys, values), None
 
         carry = (x, cache.key, cache.value)
