@@ -97,7 +97,9 @@ def parser() -> Parser:
     configurable(command("train", run_train, "Post-train a policy; goes on when the run folder has a checkpoint."))
     ahead = command("compile", run_compile, "Compile a training step for a TPU pod that need not be there.")
     ahead.add_argument(
-        "--topology", required=True, help="such as v5p:4x4x4; with mesh.slice=N, of each of the N slices"
+        "--topology",
+        required=True,
+        help="such as v5p:4x4x4 or h200:8; with mesh.slice=N, of each of N slices or machines",
     )
     ahead.add_argument(
         "--programs", default="all", help="prefill, decode, turn2, decode2, score, update; names with commas between"

@@ -1,8 +1,7 @@
-"""`revseg compile`: compiles a training step's programs for a pod that is not there, and says what they would cost."""
+"""`revseg compile`: compiles a training step's programs for chips that are not there, and says what they would cost."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
@@ -13,7 +12,8 @@ import jax
 
 from revseg_jax.compilation.hlo import largest_arrays, parse
 from revseg_jax.compilation.programs import StepPrograms, make_programs
-from revseg_jax.compilation.roofline import Estimate, Pod, estimate, make_pod
+from revseg_jax.compilation.roofline import Estimate, Pod, estimate
+from revseg_jax.compilation.topologies import describe
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.learner.flops import update_flops
@@ -57,24 +57,6 @@ def main(config: Config, topology: str, names: list[str], as_json: bool) -> None
         largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in found["largest_buffers"])
         needed, held = (found["memory"][name] / GIB for name in ("peak", "hbm"))
         raise RunFailure(f"{topology}: a chip needs {needed:.1f} GiB and has {held:.1f}; the largest: {largest}")
-
-
-def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
-    """The pod and descriptions of its chips. Raises InputError for one that the compiler does not know."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("compiling for TPUs needs libtpu: pip install 'revseg-jax[tpu]'")
-    from jax.experimental import topologies
-
-    # A program for another machine is of no use to the cache of this one's.
-    jax.config.update("jax_enable_compilation_cache", False)
-    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
-        raise InputError(f"topology {topology!r} is not of the form v5p:4x4x4")
-    several = {"num_slices": slices} if slices > 1 else {}
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
-    except Exception as error:  # libtpu's own kinds
-        raise InputError(f"topology {topology}: {str(error).splitlines()[0]}") from None
-    return make_pod(topology, found.devices, slices), found.devices
 
 
 def compile_program(programs: StepPrograms, name: str, pod: Pod) -> Compiled:

@@ -279,16 +279,18 @@ def test_a_kernel_appends_several_tokens_as_plain_attention_does(monkeypatch):
     np.testing.assert_allclose(ours[real], expected[real], atol=1e-5)
 
 
+CUDA = "jax_cuda12_plugin" if importlib.util.find_spec("jax_cuda12_plugin") else "jax_cuda13_plugin"
 COMPILE = """
 import sys
 import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
+from revseg_jax.compilation.topologies import describe
 from revseg_jax.config import MeshConfig
 from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.policy.attention import AttentionChoice, attention, suffix_attention
 
-devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
+kernel = f'custom_call_target="{sys.argv[2]}'
+_, devices = describe(sys.argv[1], 1)
 placement = make_placement(MeshConfig(tensor=2), devices)
 parts, rows = (NamedSharding(placement.mesh, P("fsdp", None, *last)) for last in (("tensor",), ()))
 decoder, tower = (True, 8, 2, 128), (False, 4, 4, 80)
@@ -298,37 +300,41 @@ for (causal, heads, key_heads, width), segmented in ((decoder, False), (tower, F
             output, logsumexp = attention(*parts, segments, causal, AttentionChoice(placement=placement))
             return output.astype(jnp.float32).sum(), logsumexp
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
-    shapes = [(len(devices) // 2, 1024, n, width) for n in (heads, key_heads, key_heads)]
+    shapes = [(len(devices) // 2, 1023, n, width) for n in (heads, key_heads, key_heads)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parts) for shape in shapes]
     arrays += [jax.ShapeDtypeStruct(shapes[0][:2], jnp.int32, sharding=rows)] * segmented
     program = jax.jit(step).lower(*arrays).compile().as_text()
-    print(program.count('custom_call_target="tpu_custom_call"'), "all-gather" in program)
+    print(program.count(kernel), "all-gather" in program)
 
 def suffixes(query, key, value, prefix_key, prefix_value):
     def loss(query, key, value, prefix_key, prefix_value):
-        mask = jnp.tril(jnp.ones((300, 300), bool)) & jnp.ones((*query.shape[:3], 1), bool)
+        mask = jnp.tril(jnp.ones((301, 301), bool)) & jnp.ones((*query.shape[:3], 1), bool)
         shared = prefix_key, prefix_value, jnp.ones(prefix_key.shape[:2], bool)
         choice = AttentionChoice(placement=placement)
         return suffix_attention(query, key, value, mask, shared, choice).astype(jnp.float32).sum()
     return jax.grad(loss, (0, 1, 2, 3, 4))(query, key, value, prefix_key, prefix_value)
 
 heads = NamedSharding(placement.mesh, P("fsdp", None, None, "tensor"))
-arrays = [jax.ShapeDtypeStruct((len(devices) // 2, 4, 300, n, 128), jnp.bfloat16, sharding=heads) for n in (8, 2, 2)]
+arrays = [jax.ShapeDtypeStruct((len(devices) // 2, 4, 301, n, 128), jnp.bfloat16, sharding=heads) for n in (8, 2, 2)]
 arrays += [jax.ShapeDtypeStruct((len(devices) // 2, 520, 2, 128), jnp.bfloat16, sharding=parts)] * 2
 program = jax.jit(suffixes).lower(*arrays).compile().as_text()
-print(program.count('custom_call_target="tpu_custom_call"'), "all-gather" in program)
+print(program.count(kernel), "all-gather" in program)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_splash_compiles_for_tpus(topology):
-    """Forward, log-sum-exp and backward of both kinds of attention, each device on its own rows and heads."""
-    tpu = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-    environment = os.environ | tpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h200:4", "a100:4"])
+def test_kernels_compile_for_chips_that_are_not_there(topology):
+    """Forward, log-sum-exp and backward of both kinds of attention, of odd lengths, each device on its own rows and
+    heads. cuDNN gives output and log-sum-exp at once."""
+    tpu = topology.startswith("v")
+    compiler, kernel, count = ("libtpu", "tpu_custom_call", "3") if tpu else (CUDA, "__cudnn$fmha", "2")
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"compiling for {topology} needs {compiler}")
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    environment = os.environ | settings
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, topology], capture_output=True, text=True, env=environment, cwd=root
+        [sys.executable, "-c", COMPILE, topology, kernel], capture_output=True, text=True, env=environment, cwd=root
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["3", "False"] * 4
+    assert done.stdout.split() == [count, "False"] * 4

@@ -17,8 +17,10 @@ from revseg_jax.cli import main
 from revseg_jax.compilation.hlo import Array, Work, parse
 from revseg_jax.compilation.programs import PROGRAMS, make_programs
 from revseg_jax.compilation.roofline import CHIPS, Pod, estimate
+from revseg_jax.compilation.topologies import describe
 from revseg_jax.compile import Compiled, step_seconds, too_large
 from revseg_jax.config import load_config
+from revseg_jax.errors import InputError
 from revseg_jax.learner.flops import forward_flops
 from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.policy.config import PUBLISHED
@@ -147,6 +149,14 @@ def test_larger_groups_use_more_axes_and_other_slices_the_network():
     assert open_ended.collective_seconds("all-gather", size, (0, 1, 2, 3)) == pytest.approx(size * 3 / 4 / 4.5e10)
 
 
+def test_gpus_of_a_machine_are_joined_by_a_switch():
+    pod = Pod("h200:8", CHIPS["h200"], 989e12, (8,), 2)
+    for group in ((0, 1), (0, 3, 5, 7), tuple(range(8))):
+        expected = 1e9 * (len(group) - 1) / len(group) / 4.5e11
+        assert pod.collective_seconds("all-gather", 1e9, group) == pytest.approx(expected)
+    assert pod.collective_seconds("all-gather", 1e9, (0, 8)) == pytest.approx(1e9 / 2 / 50e9)
+
+
 def test_kernels_compute_the_blocks_that_their_masks_show():
     """Prefix, suffixes and the vision tower; forward, and the two kernels of the backward pass."""
     config = load_config(ROOT / "configs/revseg_7b.yaml", ["run.dir=."])
@@ -166,6 +176,24 @@ def test_kernels_compute_the_blocks_that_their_masks_show():
     for name, products in (("fwd", 2), ("dkv", 4), ("dq", 3)):
         assert flops(name, 8 * own, prefix + 8 * own) == pytest.approx(products * one_pair * suffixes)
     assert flops("fwd", 1024, 1024, 80) == pytest.approx(2 * 2 * 2 * 28 * 1024 * 1024 * 80)
+
+
+@pytest.mark.parametrize("name, products", [("fmhaSoftmax", 2), ("fmhaScaleBiasSoftmaxBackward", 5)])
+@pytest.mark.parametrize("mask, share", [("NO_MASK", 1), ("CAUSAL", 0.5)])
+def test_attention_of_cudnn_is_counted_by_its_scores(name, products, mask, share):
+    program = f"""HloModule jit_step
+
+ENTRY %main (q: bf16[3,40,8,16], k: bf16[3,50,2,16], v: bf16[3,50,2,16]) -> bf16[3,8,40,16] {{
+  %q = bf16[3,40,8,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[3,50,2,16]{{3,2,1,0}} parameter(1)
+  %v = bf16[3,50,2,16]{{3,2,1,0}} parameter(2)
+  %a = (bf16[3,8,40,16]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %k, %v), custom_call_target="__cudnn${name}", backend_config={{"cudnn_fmha_backend_config": {{"intermediate_tensor_shape": {{"element_type": "BF16", "dimensions": ["3", "8", "40", "50"]}}, "mask_type": "{mask}"}}}}
+  ROOT %o = bf16[3,8,40,16]{{3,1,2,0}} get-tuple-element(%a), index=0
+}}
+"""  # noqa: E501
+    (work,) = parse(program).work()
+    assert work.flops == products * 2 * 3 * 8 * 40 * 50 * 16 * share
+    assert work.bytes == 2 * 16 * 3 * (2 * 40 * 8 + 2 * 50 * 2)
 
 
 def test_published_sizes_have_the_published_numbers_of_parameters():
@@ -260,6 +288,34 @@ def test_a_chain_of_one_turn_has_no_second_one():
     assert step_seconds(programs, compiled) == 4
 
 
+needs_cuda = pytest.mark.skipif(
+    all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)),
+    reason="compiling for GPUs needs JAX's CUDA plugin",
+)
+
+
+@needs_cuda
+def test_the_tiny_step_compiles_for_gpus():
+    done = compile_command("--config", "configs/demo.yaml", "--topology", "h200:2", "policy.dtype=bfloat16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chips"] == 2 and found["fits"] and found["memory"]["hbm"] == 143771 * 2**20
+    assert set(found["programs"]) == set(PROGRAMS)
+    update = found["programs"]["update"]
+    assert update["flops"] > 0 and sum(update["collective_bytes"].values()) > 0 and 0 < found["mfu"] < 1
+
+
+@needs_cuda
+def test_decoding_on_gpus_copies_no_weights():
+    """A step of the loop over tokens reads each layer's parameters once, and half as much again besides."""
+    options = "policy.path=Qwen2.5-VL-3B-Instruct", "policy.dtype=bfloat16", "rollout.group_size=2"
+    done = compile_command("--config", "configs/demo.yaml", "--topology", "h200:1", "--programs", "decode", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    decode = json.loads(done.stdout.splitlines()[-1])["programs"]["decode"]
+    weights = 2 * (PUBLISHED["Qwen2.5-VL-3B-Instruct"].text.num_layers * 77_076_992 + 151936 * 2048)
+    assert weights < decode["bytes"] / decode["open_loops"][1] < 1.5 * weights
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_the_update_of_the_3b_compiles_for_a_pod():
@@ -286,7 +342,7 @@ def test_what_does_not_fit_is_named_with_its_size(prompts):
     "arguments, said",
     [
         (["--programs", "backward"], "--programs backward is not one of all, prefill"),
-        (["--topology", "h100:8"], "topology"),
+        (["--topology", "k80:8"], "topology 'k80:8' is not of the form v5p:4x4x4 or h200:8"),
         (["policy.path=Qwen3-VL-8B"], "Qwen2.5-VL-3B-Instruct"),
         (["rollout.prompts_per_step=3"], "rollout.prompts_per_step=3 must be a multiple of"),
         (["mesh.axes.width=[rows]"], "mesh.axes.width names 'rows'"),
@@ -303,3 +359,10 @@ def test_what_cannot_be_compiled_is_said_in_one_line(arguments, said, capsys):
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("topology, needed", [("v5e:2x2", "revseg-jax[tpu]"), ("h200:8", "revseg-jax[cuda]")])
+def test_a_missing_compiler_is_named_with_its_extra(topology, needed, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=re.escape(f"pip install '{needed}'")):
+        describe(topology, 1)

@@ -195,7 +195,7 @@ class Program:
             arrays = tuple(a for name in instruction.operands for a in computation.instructions[name].arrays)
             moved = sum(a.bytes for a in arrays if a.in_hbm) + instruction.hbm_bytes
             return [Work("kernel", instruction.source, 0.0, moved, times, arrays=arrays)]
-        flops = _product_flops(computation, instruction)
+        flops = _product_flops(computation, instruction) + _cudnn_flops(instruction)
         return [Work("compute", instruction.source, flops, self._bytes(computation, instruction), times)]
 
     def _fusion(self, computation: Computation, instruction: Instruction, times: float) -> list[Work]:
@@ -381,6 +381,18 @@ def _product_flops(computation: Computation, instruction: Instruction) -> float:
             int(settings.get("rhs_dilate", 1)),
         )
     return flops
+
+
+def _cudnn_flops(instruction: Instruction) -> float:
+    """Of cuDNN's attention, which names the shape [N, H, S, T] of its scores: two products forward, five backward."""
+    target = re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', instruction.attributes)
+    if target is None:
+        return 0.0
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^]]*)\]', instruction.attributes)[1]
+    products = 5 if target[1].endswith("Backward") else 2
+    seen = 0.5 if '"mask_type": "CAUSAL"' in instruction.attributes.replace('":"', '": "') else 1.0
+    width = instruction.arrays[0].shape[-1]
+    return 2.0 * products * seen * width * math.prod(int(size) for size in re.findall(r"\d+", scores))
 
 
 @cache

@@ -8,10 +8,11 @@ What the model assumes, and where it is too kind:
 - A collective runs on bidirectional rings over as many axes of the torus as its group needs, filling one axis after the
   other, at the links' sustained rate; all collectives run behind the arithmetic when they take less time than it
   (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
-- A Pallas attention kernel computes whole blocks of its mask, at the peak rate.
+- A Pallas attention kernel computes whole blocks of its mask, at the peak rate, and cuDNN's what its mask shows.
+- Between the GPUs of a machine there is a switch: each has its whole rate to any other.
 - A loop whose length depends on the data (decoding) runs to its limit; a conditional takes its dearer branch (every
   rollout of a group chooses another keyframe).
-Nothing of this was measured on a TPU.
+Nothing of this was measured on a TPU or a GPU.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from revseg_jax.learner.flops import peak_flops
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip and its links. Google's pages of the TPU versions; sustained rates of links as in "How to Scale Your
-    Model" (2025), chapter 2.
+    """One chip and its links. Google's pages of the TPU versions, sustained rates of links as in "How to Scale Your
+    Model" (2025), chapter 2; NVIDIA's data sheets, the memory that nvidia-smi shows, the network of a DGX.
 
     Attributes:
       hbm: bytes
       hbm_rate: bytes/s
       link_rate: bytes/s of one link in one direction
       network_rate: bytes/s of one chip to other slices
-      ring: an axis of the torus closes to a ring when its size is a multiple of this
+      ring: an axis of the torus closes to a ring, which doubles its rate, when its size is a multiple of this
     """
 
     hbm: float
     hbm_rate: float
     link_rate: float
     network_rate: float
-    ring: int
+    ring: float
 
 
 CHIPS = {
@@ -51,16 +52,19 @@ CHIPS = {
     "v5e": Chip(16 * 2**30, 819e9, 4.5e10, 3.125e9, 16),
     "v5p": Chip(95 * 2**30, 2765e9, 9e10, 6.25e9, 4),
     "v6e": Chip(32 * 2**30, 1640e9, 9e10, 12.5e9, 16),
+    "a100": Chip(81920 * 2**20, 2039e9, 3e11, 25e9, math.inf),
+    "h100": Chip(81559 * 2**20, 3350e9, 4.5e11, 50e9, math.inf),
+    "h200": Chip(143771 * 2**20, 4800e9, 4.5e11, 50e9, math.inf),
 }
 
 
 @dataclass(frozen=True)
 class Pod:
     """Attributes:
-    name: such as "v5p:4x4x4"
+    name: such as "v5p:4x4x4" or "h200:8"
     chip: its numbers
     peak: bfloat16 FLOP/s of a chip
-    torus: chips along each axis of a slice
+    torus: chips along each axis of a slice; of a machine's GPUs one axis
     slices: how many
     """
 
