@@ -95,7 +95,7 @@ def parser() -> Parser:
     demo.add_argument("--seed", type=int, default=0)
     configurable(demo, "configs/demo.yaml")
     configurable(command("train", run_train, "Post-train a policy; goes on when the run folder has a checkpoint."))
-    ahead = command("compile", run_compile, "Compile a training step for a TPU pod that need not be there.")
+    ahead = command("compile", run_compile, "Compile a training step for TPUs or GPUs that need not be there.")
     ahead.add_argument(
         "--topology",
         required=True,

@@ -6,9 +6,11 @@ import filecmp
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import fields
@@ -33,6 +35,7 @@ from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic import render
 from revseg_jax.data.synthetic_builder import REVERSED, prepare_synthetic
+from revseg_jax.data.workers import ExampleWorkers
 from revseg_jax.errors import InputError, RunFailure
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
@@ -370,6 +373,24 @@ def worker_ids() -> set[int]:
     return {child.pid for child in multiprocessing.active_children()}
 
 
+class HalfAnAnswer:
+    """A source whose reader is killed in the middle of its answer."""
+
+    def __getitem__(self, pair: int):
+        def send(connection, answer):
+            os.write(connection.fileno(), struct.pack("!i", 1000) + b"the first of 1000 bytes")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        multiprocessing.connection.Connection.send = send  # in the worker
+
+
+def test_a_worker_killed_in_the_middle_of_an_answer_is_not_waited_for():
+    workers = ExampleWorkers(HalfAnAnswer(), CHAIN, 2)
+    for _ in range(3):  # each of the two, and one that is gone already
+        with pytest.raises(RunFailure, match="one of the 2 processes that read clips was killed"):
+            workers(0, 0)
+
+
 def test_a_killed_worker_is_one_line(source):
     before = worker_ids()
     steps = training_steps(source, CHAIN, 4, seed=2, workers=1)
@@ -397,8 +418,8 @@ import sys
 from revseg_jax.config import ChainConfig
 from revseg_jax.data import workers
 from revseg_jax.data.source import ClipSource
-workers._begin(ClipSource([{str(folder)!r}], "train"), ChainConfig(frames=2, frame_size=28))
-assert workers._make(3, 8).index == 8
+source, chain = ClipSource([{str(folder)!r}], "train"), ChainConfig(frames=2, frame_size=28)
+assert workers._made(source, chain, 3, 8).index == 8
 assert not {{"jax", "torch", "tensorflow", "grain", "transformers"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

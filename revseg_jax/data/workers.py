@@ -2,50 +2,76 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import queue
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from multiprocessing.connection import Connection
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.example import Example, make_example
-from revseg_jax.data.processes import process_pool
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import RunFailure
 
 
 class ExampleWorkers:
     """`workers(pair, index)` is the Example of a pair of the source, made in one of `count` processes. Threads may call
-    it at the same time. The processes start with the first call and end when this object or its process does."""
+    it at the same time. The processes start with the first call and end when this object or its process does.
+
+    Each has a pipe of its own, which closes when it is killed. (The pipe that a ProcessPoolExecutor shares stays open:
+    killed in the middle of an answer, a worker would be waited for without an end.)
+    """
 
     def __init__(self, source: ClipSource, chain: ChainConfig, count: int):
         self._source, self._chain, self._count = source, chain, count
-        self._pool: ProcessPoolExecutor | None = None
+        self._idle: queue.SimpleQueue[Connection] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, pair: int, index: int) -> Example:
         """Raises RunFailure when a process was killed, and whatever reading the clip raises."""
         with self._lock:
-            if self._pool is None:
-                self._pool = process_pool(self._count, _begin, self._source, self._chain)
+            if self._idle is None:
+                self._idle = self._started()
+        worker = self._idle.get()
         try:
-            return self._pool.submit(_make, pair, index).result()
-        except BrokenProcessPool:
+            worker.send((pair, index))
+            answer = worker.recv()
+        except (EOFError, OSError):
             raise RunFailure(
                 f"one of the {self._count} processes that read clips was killed: does data.workers={self._count} fit "
                 "into memory?"
             ) from None
+        finally:
+            self._idle.put(worker)  # a killed one too: whoever gets it next fails as well, instead of waiting
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _started(self) -> queue.SimpleQueue[Connection]:
+        spawn, idle = multiprocessing.get_context("spawn"), queue.SimpleQueue()
+        for _ in range(self._count):
+            ours, theirs = spawn.Pipe()
+            spawn.Process(target=_serve, args=(theirs, self._source, self._chain), daemon=True).start()
+            theirs.close()
+            idle.put(ours)
+        return idle
 
 
-_of_this_process: tuple[ClipSource, ChainConfig] | None = None
-
-
-def _begin(source: ClipSource, chain: ChainConfig) -> None:
-    global _of_this_process
-    _of_this_process = source, chain
+def _serve(trainer: Connection, source: ClipSource, chain: ChainConfig) -> None:
+    """Answers requests until the trainer's end of the pipe is closed."""
     os.setpgrp()  # Ctrl-C and signals to the group are the trainer's to answer; when it ends, its workers do
+    while True:
+        try:
+            answer = _made(source, chain, *trainer.recv())
+            trainer.send(answer)
+        except (EOFError, OSError):
+            return
 
 
-def _make(pair: int, index: int) -> Example:
-    source, chain = _of_this_process
-    return make_example(source[pair], index, chain)
+def _made(source: ClipSource, chain: ChainConfig, pair: int, index: int) -> Example | Exception:
+    try:
+        return make_example(source[pair], index, chain)
+    except Exception as error:  # the trainer's to raise
+        error.add_note(traceback.format_exc())
+        return error
