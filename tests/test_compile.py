@@ -342,7 +342,9 @@ def test_what_does_not_fit_is_named_with_its_size(prompts):
     "arguments, said",
     [
         (["--programs", "backward"], "--programs backward is not one of all, prefill"),
-        (["--topology", "k80:8"], "topology 'k80:8' is not of the form v5p:4x4x4 or h200:8"),
+        (["--topology", "k80:8"], "topology k80:8: k80 is not one of v4, v5e, v5p, v6e, a100, h100, h200"),
+        (["--topology", "v5e:4"], "topology 'v5e:4' is not of the form v5p:4x4x4 or h200:8"),
+        (["--topology", "h200:2x4"], "topology 'h200:2x4' is not of the form v5p:4x4x4 or h200:8"),
         (["policy.path=Qwen3-VL-8B"], "Qwen2.5-VL-3B-Instruct"),
         (["rollout.prompts_per_step=3"], "rollout.prompts_per_step=3 must be a multiple of"),
         (["mesh.axes.width=[rows]"], "mesh.axes.width names 'rows'"),

@@ -390,7 +390,7 @@ def _cudnn_flops(instruction: Instruction) -> float:
         return 0.0
     scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^]]*)\]', instruction.attributes)[1]
     products = 5 if target[1].endswith("Backward") else 2
-    seen = 0.5 if '"mask_type": "CAUSAL"' in instruction.attributes.replace('":"', '": "') else 1.0
+    seen = 0.5 if re.search(r'"mask_type": ?"CAUSAL"', instruction.attributes) else 1.0
     width = instruction.arrays[0].shape[-1]
     return 2.0 * products * seen * width * math.prod(int(size) for size in re.findall(r"\d+", scores))
 

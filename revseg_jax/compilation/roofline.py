@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from revseg_jax.compilation.hlo import Work
-from revseg_jax.errors import InputError
-from revseg_jax.learner.flops import peak_flops
 
 
 @dataclass(frozen=True)
@@ -107,14 +105,6 @@ class Pod:
             rate += self.chip.link_rate * (2 if size % self.chip.ring == 0 else 1)
             held *= size
         return rate or self.chip.link_rate
-
-
-def make_pod(topology: str, devices: list, slices: int) -> Pod:
-    """devices: of the topology's description. Raises InputError for a chip that is not in the table."""
-    kind, _, sizes = topology.partition(":")
-    if kind not in CHIPS:
-        raise InputError(f"topology {topology}: {kind or 'nothing'} is not one of {', '.join(CHIPS)}")
-    return Pod(topology, CHIPS[kind], peak_flops(devices[0].device_kind), tuple(map(int, sizes.split("x"))), slices)
 
 
 @dataclass

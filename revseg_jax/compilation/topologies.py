@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import jax
 
-from revseg_jax.compilation.roofline import CHIPS, Pod, make_pod
+from revseg_jax.compilation.roofline import CHIPS, Pod
 from revseg_jax.errors import InputError
+from revseg_jax.learner.flops import peak_flops
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
     # A program for another machine is of no use to the cache of this one's.
     jax.config.update("jax_enable_compilation_cache", False)
     kind, _, sizes = topology.partition(":")
+    if kind not in CHIPS:
+        raise InputError(f"topology {topology}: {kind or 'nothing'} is not one of {', '.join(CHIPS)}")
     gpu = kind in GPUS
     if not re.fullmatch(r"[1-9]\d*" if gpu else r"\d+(x\d+)+", sizes):
         raise InputError(f"topology {topology!r} is not of the form v5p:4x4x4 or h200:8")
@@ -66,7 +69,8 @@ def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
         found = topologies.get_topology_desc(**options)
     except Exception as error:  # the plugins' own kinds
         raise InputError(f"topology {topology}: {str(error).splitlines()[0]}") from None
-    return make_pod(topology, found.devices, slices), found.devices
+    peak = peak_flops(found.devices[0].device_kind)
+    return Pod(topology, CHIPS[kind], peak, tuple(map(int, sizes.split("x"))), slices), found.devices
 
 
 def _target(kind: str) -> str:
