@@ -28,6 +28,10 @@ from revseg_jax.policy.config import PUBLISHED
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("optimised")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
+needs_cuda = pytest.mark.skipif(
+    all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)),
+    reason="compiling for GPUs needs JAX's CUDA plugin",
+)
 
 
 def work_of(function, *shapes, trips=1):
@@ -286,12 +290,6 @@ def test_a_chain_of_one_turn_has_no_second_one():
     # A second each: prefill and decode, the reference's pass, the update.
     compiled = {name: Compiled(SimpleNamespace(seconds=1.0), 0, 0.0, (0, 1)) for name in programs.names}
     assert step_seconds(programs, compiled) == 4
-
-
-needs_cuda = pytest.mark.skipif(
-    all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)),
-    reason="compiling for GPUs needs JAX's CUDA plugin",
-)
 
 
 @needs_cuda
