@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def spare_absent_tpus() -> None:
     """Where libtpu is installed only to compile for TPUs, JAX would look for chips and complain on stderr."""
-    from revseg_jax.parallel.startup import tpu_attached
+    from revseg_jax.parallel.startup import CUDA_PLUGINS, tpu_attached
 
-    installed = [name for name in ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin") if find_spec(name)]
+    installed = [name for name in ("libtpu", *CUDA_PLUGINS) if find_spec(name)]
     if installed == ["libtpu"] and not tpu_attached():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

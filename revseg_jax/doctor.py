@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from revseg_jax.config import Config
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.parallel.startup import tpu_chips
+from revseg_jax.parallel.startup import CUDA_PLUGINS, tpu_chips
 from revseg_jax.paths import is_remote, path_of
 from revseg_jax.policy.checkpoint import REQUIRED, resolve_folder
 from revseg_jax.run.manifest import version
@@ -88,7 +88,7 @@ def devices(has_gpu: bool, has_tpu: bool) -> Iterator[Finding]:
     """What JAX computes on, and whether it is the best that this machine has."""
     for there, chip, extra, modules in (
         (has_tpu, "TPU", "tpu", ("libtpu",)),
-        (has_gpu, "NVIDIA GPU", "cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin")),
+        (has_gpu, "NVIDIA GPU", "cuda", CUDA_PLUGINS),
     ):
         if there and not any(importlib.util.find_spec(name) for name in modules):
             remedy = f"pip install 'revseg-jax[{extra}]' (that is jax[{'cuda13' if extra == 'cuda' else extra}])"

@@ -23,14 +23,14 @@ from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.learner.flops import forward_flops
 from revseg_jax.parallel.sharding import make_placement
+from revseg_jax.parallel.startup import CUDA_PLUGINS
 from revseg_jax.policy.config import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("optimised")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu")
 needs_cuda = pytest.mark.skipif(
-    all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)),
-    reason="compiling for GPUs needs JAX's CUDA plugin",
+    not any(map(importlib.util.find_spec, CUDA_PLUGINS)), reason="compiling for GPUs needs JAX's CUDA plugin"
 )
 
 

@@ -11,6 +11,7 @@ import jax
 from revseg_jax.compilation.roofline import CHIPS, Pod
 from revseg_jax.errors import InputError
 from revseg_jax.learner.flops import peak_flops
+from revseg_jax.parallel.startup import CUDA_PLUGINS
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
     if not re.fullmatch(r"[1-9]\d*" if gpu else r"\d+(x\d+)+", sizes):
         raise InputError(f"topology {topology!r} is not of the form v5p:4x4x4 or h200:8")
     if gpu:
-        if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        if not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
             raise InputError("compiling for GPUs needs JAX's CUDA plugin: pip install 'revseg-jax[cuda]'")
         options = {"platform": "cuda", "target_config": _target(kind), "topology": f"{slices}x1x{sizes}"}
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
 
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # JAX's packages for GPUs, either of which will do
 EXPLICIT = ("REVSEG_COORDINATOR", "REVSEG_PROCESS_COUNT", "REVSEG_PROCESS_ID")
 # What jax.distributed reads in a Slurm job step; a batch script alone lacks the node list, and is one process.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

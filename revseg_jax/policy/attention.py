@@ -151,18 +151,18 @@ def suffix_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array,
+    real: jax.Array,
     prefix: tuple[jax.Array, jax.Array, jax.Array],
     choice: AttentionChoice = AttentionChoice(),  # noqa: B008 (frozen)
 ) -> jax.Array:
     """`shared_prefix_attention` of whole suffixes, by a kernel where there is one that never holds the scores.
 
-    mask bool [B, G, S, S] is causal: a query sees the real slots up to its own. Results at padding mean nothing.
+    real bool [B, G, S]: a query sees the real slots up to its own. Results at padding mean nothing.
     """
     implementation = choice.resolve(query.dtype, query.shape[2], query.shape[4])
     if implementation == "xla":
-        return shared_prefix_attention(query, key, value, mask, prefix)
-    real = jnp.diagonal(mask, axis1=-2, axis2=-1)
+        causal = jnp.tril(jnp.ones((query.shape[2], query.shape[2]), bool))
+        return shared_prefix_attention(query, key, value, causal & real[:, :, None, :], prefix)
     if implementation == "cudnn":
         return cudnn_suffix_attention(query, key, value, real, prefix)
     if choice.placement is None:
@@ -200,9 +200,8 @@ def cached_attention(
     # Kernels take whole suffixes: in the other slots stand queries of zeros.
     whole = jnp.zeros((*query.shape[:2], slots, *query.shape[3:]), query.dtype)
     whole = jax.lax.dynamic_update_slice_in_dim(whole, query, slot, axis=2)
-    mask = filled[:, :, None, :] & jnp.tril(jnp.ones((slots, slots), bool))
     prefix = jnp.moveaxis(shared[0], 1, 2), jnp.moveaxis(shared[1], 1, 2), shared[2]
-    mixed = suffix_attention(whole, jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 3), mask, prefix, choice)
+    mixed = suffix_attention(whole, jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 3), filled, prefix, choice)
     return jax.lax.dynamic_slice_in_dim(mixed, slot, length, axis=2)
 
 

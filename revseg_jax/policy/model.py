@@ -94,8 +94,7 @@ class Policy(nnx.Module):
         """Final-normed hidden [B, G, S, width] of whole suffixes: tokens int32 [B, G, S], positions int32 [3, B, G, S],
         mask bool [B, G, S] (False: padding slots, which nobody sees), features [B, G, K, width] of the keyframes."""
         x = self.embed(tokens, features)
-        causal = jnp.tril(jnp.ones((tokens.shape[-1], tokens.shape[-1]), bool))
-        hidden, _, _ = self.text(x, positions, causal & mask[:, :, None, :], prefix, remat=self.remat)
+        hidden, _, _ = self.text(x, positions, mask, prefix, remat=self.remat)
         return hidden
 
 

@@ -133,17 +133,17 @@ class Decoder(nnx.Module):
         return self._run_layers(x, positions, attend, None, remat)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, prefix: Prefix, remat: str = "none"
+        self, x: jax.Array, positions: jax.Array, real: jax.Array, prefix: Prefix, remat: str = "none"
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs whole suffixes at once.
 
-        x [B, G, S, width]; positions int32 [3, B, G, S]; mask bool [B, G, S, S], causal: True where a query sees a key,
-        which are the real slots up to its own.
+        x [B, G, S, width]; positions int32 [3, B, G, S]; real bool [B, G, S]: a token sees the prefix and the real
+        slots up to its own.
         Returns the final-normed hidden [B, G, S, width] and keys, values [layers, B, G, S, key_heads, head_dim].
         """
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array, shared: tuple) -> jax.Array:
-            return suffix_attention(query, key, value, mask, (*shared, prefix.mask), self.attention)
+            return suffix_attention(query, key, value, real, (*shared, prefix.mask), self.attention)
 
         return self._run_layers(x, positions, attend, (prefix.key, prefix.value), remat)
 

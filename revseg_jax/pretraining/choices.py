@@ -96,10 +96,7 @@ def share_right(
             jnp.ones((count, length), bool),
             policy.encode(frames),
         )
-        visible = jnp.tril(jnp.ones((maker.slots, maker.slots), bool)) & mask[:, :, None, :]
-        hidden, _, _ = policy.text(
-            policy.text.embed(tokens, policy.dtype), jnp.moveaxis(positions, 2, 0), visible, cache
-        )
+        hidden = policy.suffix_hidden(cache, tokens, jnp.moveaxis(positions, 2, 0), mask)
         logprobs, _ = chunked_logprobs(policy, hidden[:, :, :-1], tokens[:, :, 1:], 2048)
         return (logprobs * (trained[:, :, 1:] > 0)).sum(-1)
 
