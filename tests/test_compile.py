@@ -128,6 +128,68 @@ def test_a_pod_program_is_read_as_it_runs():
     assert (scatter.bytes, scatter.group) == (64 * 128 * 4, (0, 1, 2, 3))
 
 
+# Each device holds a power of two; the sum that the first device gets has the bits of its group's members.
+GROUPS = """
+import itertools, json
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from revseg_jax.compilation.hlo import COLLECTIVES, parse
+
+mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+powers, found = 2.0 ** np.arange(8).reshape(2, 2, 2), []
+for order in itertools.permutations("abc"):
+    x = powers.transpose(["abc".index(name) for name in order])
+    spread = NamedSharding(mesh, PartitionSpec(*order))
+    for count in (1, 2, 3):
+        for axes in itertools.combinations(range(3), count):
+            out = NamedSharding(mesh, PartitionSpec(*(order[axis] for axis in range(3) if axis not in axes)))
+            program = jax.jit(lambda x: x.sum(axes), in_shardings=spread, out_shardings=out).lower(x).compile()
+            total = int(program(jax.device_put(x, spread)).addressable_shards[0].data.ravel()[0])
+            text = program.as_text()
+            groups = [work.group for work in parse(text).work() if work.kind in COLLECTIVES]
+            found += [(total, group, text) for group in groups if len(groups) == 1]  # some sum one axis after another
+print(json.dumps(found))
+"""
+
+
+def test_groups_are_those_that_a_program_sums_over():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", GROUPS], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert [sum(1 << partition for partition in group) for _, group, _ in found] == [total for total, _, _ in found]
+    assert all(any(form in text for *_, text in found) for form in ("=mesh['axis_0'", "device_ids=(["))
+
+
+def collective_of(line):
+    (work,) = parse(f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %p = f32[4]{{0}} parameter(0)\n  {line}\n}}").work()
+    return work
+
+
+def test_collectives_of_several_arrays_count_all_of_them():
+    """As GPU programs start them: what goes in, then what comes out, each in brackets where there are several."""
+    several = "%s = ((bf16[1,8]{1,0}, f32[4]{0}), (bf16[8,8]{1,0}, f32[32]{0})) all-gather-start(%p, %p)"
+    mesh = ", replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}"
+    work = collective_of(several + mesh)
+    assert (work.kind, work.bytes, work.group) == ("all-gather", 8 * 8 * 2 + 32 * 4, tuple(range(8)))
+    scattered = "%s = ((bf16[8,8]{1,0}, f32[32]{0}), (bf16[1,8]{1,0}, f32[4]{0})) reduce-scatter-start(%p, %p)"
+    work = collective_of(scattered + mesh)
+    assert (work.kind, work.bytes) == ("reduce-scatter", 8 * 8 * 2 + 32 * 4)
+    assert collective_of("%s = (f32[4]{0}, f32[8]{0}) all-reduce-start(%p, %p), replica_groups={}").bytes == 12 * 4
+    permuted = (
+        "%s = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}"
+    )
+    assert (collective_of(permuted).bytes, collective_of(permuted).group) == (16, (0, 1))
+
+
+def test_groups_along_a_part_of_an_axis():
+    line = "%s = f32[4]{0} all-reduce(%p), replica_groups=mesh['a'=2,'b'=8] "
+    assert collective_of(line + "{'b':(2)2}").group == (0, 2)
+    assert collective_of(line + "{'a','b':(4)2}").group == (0, 1, 8, 9)
+    with pytest.raises(ValueError, match="unknown replica groups: something"):
+        collective_of("%s = f32[4]{0} all-reduce(%p), replica_groups=something new")
+
+
 def test_the_roofline_takes_the_slower_of_arithmetic_and_memory():
     pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 1)
     found = estimate(parse(POD_PROGRAM).work(), pod, lambda work: 0.0)

@@ -32,6 +32,7 @@ SLICING = ("dynamic-slice", "slice", "gather")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
+_PARTS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -328,27 +329,60 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _collective(kind: str, instruction: Instruction, times: float) -> Work:
-    largest = max((array.bytes for array in instruction.arrays), default=0)
-    if len(instruction.arrays) > 1 and not instruction.opcode.endswith("-start"):
-        largest = sum(array.bytes for array in instruction.arrays)  # several arrays in one
-    group = _group(instruction.attributes)
-    if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
-        largest *= len(group)  # its result is one part of what is reduced
-    return Work(kind, instruction.source, 0.0, largest, times, group)
+    arrays, group = instruction.arrays, _group(instruction.attributes)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # the operands, the results and, perhaps, flags
+        count = len(instruction.operands)
+        arrays = max(arrays[:count], arrays[count : 2 * count], key=_bytes)
+    size = _bytes(arrays)
+    if instruction.opcode == "reduce-scatter":
+        size *= len(group)  # its results are parts of what is reduced
+    return Work(kind, instruction.source, 0.0, size, times, group)
+
+
+def _bytes(arrays: tuple[Array, ...]) -> int:
+    return sum(array.bytes for array in arrays)
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """The first of the groups of partitions that work together."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if listed:
-        return tuple(map(int, listed[1].split(",")))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        shape, sizes = (tuple(map(int, part.split(","))) for part in iota.groups()[:2])
-        order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(sizes)))
-        return tuple(np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)[0].tolist())
+    """The first of the groups of partitions that work together; empty where all do. Raises ValueError."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
-    return (int(pairs[1]), int(pairs[2])) if pairs else ()
+    if pairs:
+        return int(pairs[1]), int(pairs[2])
+    text = attributes.partition("replica_groups=")[2]
+    if not text or text.startswith("{}"):
+        return ()
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return _integers(listed[1])
+    if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, sizes, order = map(_integers, iota.groups(""))
+        return tuple(_ordered(sizes, order).reshape(shape)[0].tolist())
+    if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}", text):
+        return _group_of_mesh(*mesh.groups(""))
+    raise ValueError(f"unknown replica groups: {text[:80]}")
+
+
+def _group_of_mesh(axes: str, sizes: str, order: str, grouped: str) -> tuple[int, ...]:
+    """Of groups along the axes named in `grouped` of a mesh such as "'a'=2,'b'=4"; 'b':(2)2 is the part of 'b' of size
+    2 that stands behind a part of size 2."""
+    lengths = {name: int(length) for name, length in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = _ordered(_integers(sizes) or tuple(lengths.values()), _integers(order))
+    shape, chosen = [], []
+    parts = {name: (int(before or 1), int(part or 0)) for name, before, part in _PARTS.findall(grouped)}
+    for name, length in lengths.items():
+        before, part = parts.get(name, (1, 1))
+        part = part or length
+        shape += [before, part, length // before // part]
+        chosen += [0, slice(None), 0]
+    return tuple(ids.reshape(shape)[tuple(chosen)].ravel().tolist())
+
+
+def _ordered(sizes: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    """The partitions' numbers in an array of these sizes, its axes then in this order."""
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
+
+
+def _integers(listed: str) -> tuple[int, ...]:
+    return tuple(map(int, listed.split(","))) if listed else ()
 
 
 def _product_flops(computation: Computation, instruction: Instruction) -> float:
