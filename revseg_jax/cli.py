@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.parallel.device_memory import explain_full_memory
 from revseg_jax.paths import cache_folder, local_only
 
 
@@ -57,6 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
         if options.debug or error.filename is None:
             raise
         print(f"revseg: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:  # as JAX's errors are
+        explained = explain_full_memory(error)
+        if options.debug or explained is None:
+            raise
+        print(f"revseg: error: {explained}", file=sys.stderr)
         sys.exit(1)
 
 

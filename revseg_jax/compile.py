@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import jax
 from revseg_jax.compilation.hlo import largest_arrays, parse
 from revseg_jax.compilation.programs import StepPrograms, make_programs
 from revseg_jax.compilation.roofline import Estimate, Pod, estimate
-from revseg_jax.compilation.topologies import describe
+from revseg_jax.compilation.topologies import GPUS, describe
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.learner.flops import update_flops
+from revseg_jax.parallel.device_memory import GPU_SHARE, SHARE_VARIABLE
 from revseg_jax.parallel.sharding import make_placement
 
 PAPER_STEP_SECONDS = 725  # of 128 prompts x 8 rollouts at 16 frames, on hardware that the paper does not name
@@ -158,6 +160,10 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"{found['policy']} on {found['topology']}: {found['chips']} chips, mesh {mesh}", ""]
     lines.append(f"memory a chip, GiB (most in {found['largest_program']})")
     lines += [f"  {name:<14}{size / GIB:>9.2f}" for name, size in found["memory"].items()]
+    share = found["memory"]["peak"] / found["memory"]["hbm"]
+    if found["topology"].partition(":")[0] in GPUS and GPU_SHARE < share <= 1:
+        least = math.ceil(100 * share) / 100
+        lines.append(f"  JAX takes {GPU_SHARE:.0%} of a GPU by default: set {SHARE_VARIABLE} to {least:.2f} or more")
     names = ("TFLOP", "GB", "compute s", "collect. s", "GiB at most", "compiled in s")
     header = f"{'a chip, one run':<16}" + "".join(f"{name:>15}" for name in names)
     lines += ["", header]

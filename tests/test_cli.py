@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from omegaconf import OmegaConf
 
@@ -75,6 +77,24 @@ def test_sidecars_that_nobody_will_ask_are_said(capsys, tmp_path):
     words.append("tracker.endpoints=[host:1]")
     assert "tracker.endpoints will not be asked" in failing(capsys, *words, "rewards.mask=0")[1]
     assert "tracker.endpoints" not in failing(capsys, *words)[1]
+
+
+def test_a_full_device_is_said_in_one_line(capsys, monkeypatch, tmp_path):
+    def too_much(_):
+        return jnp.zeros((10**9, 10**6)) + 1  # four petabytes
+
+    monkeypatch.setattr("revseg_jax.train.load_engine", too_much)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    words = ["train", "--config", DEMO, f"run.dir={tmp_path / 'run'}", "data.train=[/nowhere]", "rewards.mask=0"]
+    code, err = failing(capsys, *words)
+    assert code == 1 and len(err.splitlines()) == 1
+    assert err.startswith("revseg: error: a device's memory is full (at revseg_jax/train.py:")
+    assert "4000000000000000 bytes; lower rollout.prompts_per_batch" in err and "MEM_FRACTION" not in err
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "JAX takes 75% of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION" in failing(capsys, *words)[1]
+    monkeypatch.setattr("revseg_jax.train.load_engine", lambda _: jnp.zeros(2) + jnp.zeros(3))
+    with pytest.raises(TypeError):
+        main(words)
 
 
 def test_off_needs_no_quotes(tmp_path):

@@ -18,7 +18,7 @@ from revseg_jax.compilation.hlo import Array, Work, parse
 from revseg_jax.compilation.programs import PROGRAMS, make_programs
 from revseg_jax.compilation.roofline import CHIPS, Pod, estimate
 from revseg_jax.compilation.topologies import describe
-from revseg_jax.compile import Compiled, step_seconds, too_large
+from revseg_jax.compile import Compiled, step_seconds, table, too_large
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.learner.flops import forward_flops
@@ -352,6 +352,20 @@ def test_a_chain_of_one_turn_has_no_second_one():
     # A second each: prefill and decode, the reference's pass, the update.
     compiled = {name: Compiled(SimpleNamespace(seconds=1.0), 0, 0.0, (0, 1)) for name in programs.names}
     assert step_seconds(programs, compiled) == 4
+
+
+@pytest.mark.parametrize(
+    "topology, peak, said",
+    [
+        ("h200:8", 0.931, "set XLA_PYTHON_CLIENT_MEM_FRACTION to 0.94 or more"),
+        ("h200:8", 0.7, ""),
+        ("v5p:2x2x1", 0.9, ""),
+    ],
+)
+def test_what_jax_leaves_of_a_gpu_is_said_where_it_is_needed(topology, peak, said):
+    found = {"policy": "3B", "topology": topology, "chips": 8, "mesh": {}, "largest_program": "update", "programs": {}}
+    text = table(found | {"memory": {"peak": peak * 2**37, "hbm": 2.0**37}})
+    assert said in text and bool(said) == ("FRACTION" in text)
 
 
 @needs_cuda
