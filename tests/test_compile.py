@@ -390,6 +390,17 @@ def test_decoding_on_gpus_copies_no_weights():
     assert weights < decode["bytes"] / decode["open_loops"][1] < 1.5 * weights
 
 
+@needs_cuda
+@pytest.mark.slow
+def test_the_update_of_the_7b_compiles_for_eight_gpus():
+    """64 prompts at a time. What keyframes keep stays spread over the GPUs, 20 GiB on each, and is gathered nowhere."""
+    options = "--config", "configs/revseg_7b.yaml", "--topology", "h200:8", "--programs", "update"
+    done = compile_command(*options, "learner.logprob_chunk=2560")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["memory"]["activations"] < 100 * 2**30 and found["mfu_without_overlap"] > 0.5
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_the_update_of_the_3b_compiles_for_a_pod():

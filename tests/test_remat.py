@@ -12,6 +12,7 @@ from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.policy.remat import POLICIES
+from revseg_jax.rollout.keyframes import encode_keyframes
 
 pytestmark = pytest.mark.usefixtures("optimised")
 NAMES = ["none", *reversed(POLICIES)]  # from the most memory to the least
@@ -58,6 +59,31 @@ def test_the_vision_tower_takes_the_same_names(policy):
     patches = np.random.default_rng(0).normal(size=(8, 64, policy.config.vision.patch_dim)).astype(np.float32)
     sizes = [memory(gradient(lambda v, n=name: v(patches, 8, 8, n), policy.vision)[0]) for name in ("none", "full")]
     assert sizes[1] < sizes[0], sizes
+
+
+def test_rounds_of_keyframes_keep_inputs_of_blocks_and_no_parameters(policy, monkeypatch):
+    """Each round is a condition's branch, of which JAX would keep the parameters that it reads."""
+    side, vision = 168, policy.config.vision
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, side, side, 3), np.uint8)
+    index = np.array([[0, 2, 1, 0, 2, 1], [0, 0, 1, 1, 0, 1]], np.int32)  # the last three rounds are not run
+
+    def run(rounds, module):
+        return encode_keyframes(module, images[:, :rounds], index[:, :rounds])
+
+    programs = {}
+    for remat in ("none", "full"):
+        monkeypatch.setattr(policy, "remat", remat)
+        for rounds in (3, 6):
+            programs[remat, rounds], parameters = gradient(partial(run, rounds), policy)
+    kept = (memory(programs["full", 6]) - memory(programs["full", 3])) / 3
+    inputs = (vision.depth + 1) * 2 * (side // vision.patch_size) ** 2 * vision.hidden_size * 4
+    outputs = inputs / (vision.depth + 1)  # and the images, as floats and bytes
+    blocks = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(policy.vision.blocks)))
+    assert inputs <= kept < inputs + 2 * outputs < inputs + blocks, (kept, inputs, outputs, blocks)
+    for ours, expected in zip(
+        *(jax.tree.leaves(programs[name, 6](parameters)) for name in ("full", "none")), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max() + 1e-9)
 
 
 def test_the_config_knows_the_same_names():

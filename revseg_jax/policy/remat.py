@@ -19,7 +19,16 @@ POLICIES = {
 """From the least memory to the most. Kept are a layer's input alone; its products with weights too, so that only
 attention and element-wise work is done twice; attention's result too, so that only element-wise work is."""
 
+BLOCK_INPUT = "block input"  # what goes into a block of the vision tower, and what comes out of the last
+
 
 def rematerialised(layer: Callable, name: str) -> Callable:
     """`layer` under the policy of that name; "none" keeps all that the backward pass uses."""
     return layer if name == "none" else jax.checkpoint(layer, policy=POLICIES[name])
+
+
+def conditional(function: Callable, name: str) -> Callable:
+    """`function`, which runs marked blocks in a branch of a condition, keeps of them what "full" keeps, where that is
+    the name. Of a branch JAX would keep the parameters too, anew each time that it runs."""
+    inputs = jax.checkpoint_policies.save_only_these_names(BLOCK_INPUT)
+    return jax.checkpoint(function, policy=inputs) if name == "full" else function

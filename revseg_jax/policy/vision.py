@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from revseg_jax.parallel.sharding import constrain
 from revseg_jax.policy.attention import AttentionChoice, attention, windowed_attention
 from revseg_jax.policy.config import VisionConfig
 from revseg_jax.policy.layers import GatedMLP, Linear, RMSNorm, stack_layers
-from revseg_jax.policy.remat import rematerialised
+from revseg_jax.policy.remat import BLOCK_INPUT, rematerialised
 from revseg_jax.policy.rope import merge_order, rotate, vision_angles
 
 
@@ -157,7 +158,12 @@ class VisionTower(nnx.Module):
                     return attention(*parts, segments, choice=self.attention)[0]
                 return windowed_attention(*parts, segments, full, windows, self.attention)
 
-            x = constrain(self.attention.placement, x, "prompts")
             return nnx.merge(graphdef, state)(x, cos, sin, attend), None
 
-        return jax.lax.scan(rematerialised(block, remat), x, (stacked, jnp.asarray(is_full)))[0]
+        def marked(x: jax.Array) -> jax.Array:
+            # What is kept of a condition's branch comes together on each device, unless it is spread behind the mark.
+            return constrain(self.attention.placement, checkpoint_name(x, BLOCK_INPUT), "prompts")
+
+        run = rematerialised(block, remat)
+        x, _ = jax.lax.scan(lambda x, layer: run(marked(x), layer), x, (stacked, jnp.asarray(is_full)))
+        return marked(x)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from revseg_jax.policy.model import Policy
+from revseg_jax.policy.remat import conditional
 
 
 def encode_keyframes(policy: Policy, keyframes: jax.Array, index: jax.Array) -> jax.Array:
@@ -18,9 +19,9 @@ def encode_keyframes(policy: Policy, keyframes: jax.Array, index: jax.Array) -> 
     rounds = jnp.arange(keyframes.shape[1])
     empty = jnp.zeros_like(jax.eval_shape(policy.encode, keyframes[:, :1]))
 
-    def encode(_, inputs):
-        number, images = inputs
-        return None, jax.lax.cond(number <= index.max(), lambda: policy.encode(images[:, None]), lambda: empty)
+    def encode(number: jax.Array, images: jax.Array) -> jax.Array:
+        return jax.lax.cond(number <= index.max(), lambda: policy.encode(images[:, None]), lambda: empty)
 
-    _, features = jax.lax.scan(encode, None, (rounds, keyframes.swapaxes(0, 1)))
+    encode = conditional(encode, policy.remat)
+    _, features = jax.lax.scan(lambda _, each: (None, encode(*each)), None, (rounds, keyframes.swapaxes(0, 1)))
     return jax.vmap(lambda of_prompt, chosen: of_prompt[chosen], (1, 0))(features, jnp.maximum(index, 0))
