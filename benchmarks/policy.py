@@ -210,6 +210,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     for what in ("forward",) if arguments.forward_only else ("forward", "backward"):
         first = {side: ask(side, what) for side in processes}  # compiles
         running = [side for side in processes if first[side]]
+        if not running:
+            raise SystemExit(f"{what}: no side runs, see the errors above")
         rounds = [{side: ask(side, what) for side in running} for _ in range(arguments.rounds)]
         times = {side: statistics.median(answers[side]["seconds"] for answers in rounds) for side in running}
         others = [times[side] for side in running if side != "ours"]
