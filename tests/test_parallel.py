@@ -45,6 +45,8 @@ with failing_together():
         })
     elif index == 1 and what == "error":
         raise InputError("data.train names no clips")
+    elif index == 1 and what == "memory":
+        jax.numpy.zeros((10**9, 10**6)).block_until_ready()
     elif index == 1 and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     else:
@@ -74,6 +76,13 @@ def test_an_error_in_one_process_ends_both_with_its_words():
     for _, errors, status in run_two(CHILD, "error"):
         assert status == 2
         assert "revseg: error: process 1 failed: data.train names no clips" in errors
+
+
+def test_a_full_device_in_one_process_ends_both_in_one_line():
+    for _, errors, status in run_two(CHILD, "memory"):
+        assert status == 1 and "Traceback" not in errors
+        assert "revseg: error: process 1 failed: a device's memory is full" in errors
+        assert "Out of memory allocating 4000000000000000 bytes" in errors
 
 
 def test_a_killed_process_ends_the_other():

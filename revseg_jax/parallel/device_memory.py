@@ -10,7 +10,7 @@ GPU_SHARE = 0.75  # of a GPU's memory, what JAX takes unless the variable says o
 SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
-def explain_full_memory(error: RuntimeError) -> str | None:
+def explain_full_memory(error: BaseException) -> str | None:
     """One line on an error of JAX that is about a device's memory: how much was asked for, where, and what helps. None
     for any other error."""
     words = str(error).partition("\n")[0]
@@ -22,7 +22,8 @@ def explain_full_memory(error: RuntimeError) -> str | None:
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).is_relative_to(package)
     ]
-    said = f"a device's memory is full (at {places[-1]}): {words.removeprefix('RESOURCE_EXHAUSTED: ').rstrip('.')}; "
+    said = "a device's memory is full" + (f" (at {places[-1]})" if places else "")
+    said += f": {words.removeprefix('RESOURCE_EXHAUSTED: ').rstrip('.')}; "
     said += "lower rollout.prompts_per_batch for sampling, learner.prompts_per_microbatch or learner.logprob_chunk "
     said += "for updates; revseg compile says what each takes"
     if _on_gpu() and SHARE_VARIABLE not in os.environ:

@@ -17,6 +17,7 @@ from jax._src import distributed  # the key-value store has no public name yet
 from jax.experimental import multihost_utils
 
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.parallel.device_memory import explain_full_memory
 
 Thing = TypeVar("Thing")
 
@@ -77,10 +78,10 @@ def telling_others() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        expected = isinstance(error, InputError | RunFailure)
-        if not expected:
+        said = str(error) if isinstance(error, InputError | RunFailure) else explain_full_memory(error)
+        if said is None:
             traceback.print_exc()
-        said = str(error) if expected else f"{type(error).__name__}: {error}"
+            said = f"{type(error).__name__}: {error}"
         first_line = (said.splitlines() or [type(error).__name__])[0]
         told = f"{2 if isinstance(error, InputError) else 1} process {jax.process_index()} failed: {first_line}"
         try:
