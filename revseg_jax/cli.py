@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs tracebacks of errors that it then raises
     # A run that goes on, on this machine or another with the same cache, need not compile again.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache_folder(), "compilations"))
-    spare_absent_tpus()
+    spare_absent_chips()
     try:
         options.run(options)
     except (InputError, RunFailure) as error:
@@ -67,12 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def spare_absent_tpus() -> None:
-    """Where libtpu is installed only to compile for TPUs, JAX would look for chips and complain on stderr."""
-    from revseg_jax.parallel.startup import CUDA_PLUGINS, tpu_attached
+def spare_absent_chips() -> None:
+    """Where JAX's packages for TPUs and GPUs are installed only to compile for them, it would look for the chips:
+    libtpu complains on stderr then, and the plugin for CUDA 13 crashes where there is no driver."""
+    from revseg_jax.parallel.startup import CUDA_PLUGINS, gpu_driver, tpu_attached
 
-    installed = [name for name in ("libtpu", *CUDA_PLUGINS) if find_spec(name)]
-    if installed == ["libtpu"] and not tpu_attached():
+    gpu_packages = any(map(find_spec, CUDA_PLUGINS))
+    if (gpu_packages or find_spec("libtpu")) and not (gpu_packages and gpu_driver()) and not tpu_attached():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

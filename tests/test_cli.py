@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from revseg_jax import config as configuration
-from revseg_jax.cli import load, main, parser
+from revseg_jax.cli import load, main, parser, spare_absent_chips
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
 from revseg_jax.evaluate import spoken_chain
@@ -77,6 +77,31 @@ def test_sidecars_that_nobody_will_ask_are_said(capsys, tmp_path):
     words.append("tracker.endpoints=[host:1]")
     assert "tracker.endpoints will not be asked" in failing(capsys, *words, "rewards.mask=0")[1]
     assert "tracker.endpoints" not in failing(capsys, *words)[1]
+
+
+@pytest.mark.parametrize(
+    "installed, tpu, driver, platforms",
+    [
+        ({"libtpu"}, False, False, "cpu"),
+        ({"jax_cuda13_plugin"}, False, False, "cpu"),
+        ({"libtpu", "jax_cuda12_plugin"}, False, False, "cpu"),
+        ({"libtpu"}, False, True, "cpu"),  # a GPU that JAX has no package for
+        ({"libtpu"}, True, False, None),
+        ({"libtpu", "jax_cuda13_plugin"}, False, True, None),
+        (set(), False, False, None),
+    ],
+)
+def test_chips_that_are_not_there_are_not_looked_for(monkeypatch, installed, tpu, driver, platforms):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr("revseg_jax.cli.find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr("revseg_jax.parallel.startup.tpu_attached", lambda: tpu)
+    monkeypatch.setattr("revseg_jax.parallel.startup.gpu_driver", lambda: driver)
+    spare_absent_chips()
+    assert os.environ.get("JAX_PLATFORMS") == platforms
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    spare_absent_chips()
+    assert os.environ["JAX_PLATFORMS"] == "tpu"
 
 
 def test_a_full_device_is_said_in_one_line(capsys, monkeypatch, tmp_path):

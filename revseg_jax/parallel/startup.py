@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import importlib.util
 import os
@@ -80,6 +81,15 @@ def tpu_attached() -> bool:
     """Whether this machine has TPU chips that JAX may use."""
     allowed = os.environ.get("JAX_PLATFORMS", "")
     return tpu_chips() and (not allowed or "tpu" in allowed) and importlib.util.find_spec("libtpu") is not None
+
+
+def gpu_driver() -> bool:
+    """Whether CUDA's driver, without which no GPU can be used, is on this machine."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def tpu_chips() -> bool:

@@ -28,7 +28,7 @@ def rematerialised(layer: Callable, name: str) -> Callable:
 
 
 def conditional(function: Callable, name: str) -> Callable:
-    """`function`, which runs marked blocks in a branch of a condition, keeps of them what "full" keeps, where that is
-    the name. Of a branch JAX would keep the parameters too, anew each time that it runs."""
+    """`function`, which runs marked blocks in a branch of a condition. Under "full" the backward pass keeps what is
+    marked and nothing else; by itself JAX keeps all that a branch reads, parameters too, anew each time that it runs."""
     inputs = jax.checkpoint_policies.save_only_these_names(BLOCK_INPUT)
     return jax.checkpoint(function, policy=inputs) if name == "full" else function
