@@ -29,6 +29,6 @@ def rematerialised(layer: Callable, name: str) -> Callable:
 
 def conditional(function: Callable, name: str) -> Callable:
     """`function`, which runs marked blocks in a branch of a condition. Under "full" the backward pass keeps what is
-    marked and nothing else; by itself JAX keeps all that a branch reads, parameters too, anew each time that it runs."""
+    marked and nothing else; by itself JAX keeps all that a branch reads, parameters too, anew each time it runs."""
     inputs = jax.checkpoint_policies.save_only_these_names(BLOCK_INPUT)
     return jax.checkpoint(function, policy=inputs) if name == "full" else function
