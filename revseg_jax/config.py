@@ -164,7 +164,7 @@ class LearnerConfig:
     reference: str = "device"  # device: the start policy itself | bfloat16: a copy | host: a copy in host memory
     entropy_coefficient: float = 0.0  # of the entropy bonus
     prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a step at once
-    logprob_chunk: int = 512  # token positions whose vocabulary logits exist at a time
+    logprob_chunk: int = 512  # token positions of a device whose logits exist at a time; the head is gathered for each
     freeze_vision: bool = False  # not stated in the paper
     max_bad_steps: int = 5  # steps in a row with a loss or gradient that is not finite before the run stops
     ppo: PPOConfig = field(default_factory=PPOConfig)

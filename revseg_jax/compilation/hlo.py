@@ -332,14 +332,14 @@ def _collective(kind: str, instruction: Instruction, times: float) -> Work:
     arrays, group = instruction.arrays, _group(instruction.attributes)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # the operands, the results and, perhaps, flags
         count = len(instruction.operands)
-        arrays = max(arrays[:count], arrays[count : 2 * count], key=_bytes)
-    size = _bytes(arrays)
+        arrays = max(arrays[:count], arrays[count : 2 * count], key=_total_bytes)
+    size = _total_bytes(arrays)
     if instruction.opcode == "reduce-scatter":
         size *= len(group)  # its results are parts of what is reduced
     return Work(kind, instruction.source, 0.0, size, times, group)
 
 
-def _bytes(arrays: tuple[Array, ...]) -> int:
+def _total_bytes(arrays: tuple[Array, ...]) -> int:
     return sum(array.bytes for array in arrays)
 
 

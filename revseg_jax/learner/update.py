@@ -176,7 +176,7 @@ class Learner:
         metrics |= {"logprob_gap": gap, "gradient_norm": optax.tree.norm(gradients[0])}
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
-        # Element by element, which happens in place; a condition's branches would leave the state behind twice.
+        # Chosen element by element, in place: what a condition returns stands beside the state in memory.
         changed = self._apply(state, gradients)
         state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), changed, state)
         return state, metrics | {"skipped_updates": 1 - finite.astype(jnp.int32)}
