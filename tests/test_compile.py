@@ -175,6 +175,7 @@ def test_collectives_of_several_arrays_count_all_of_them():
     scattered = "%s = ((bf16[8,8]{1,0}, f32[32]{0}), (bf16[1,8]{1,0}, f32[4]{0})) reduce-scatter-start(%p, %p)"
     work = collective_of(scattered + mesh)
     assert (work.kind, work.bytes) == ("reduce-scatter", 8 * 8 * 2 + 32 * 4)
+    assert collective_of("%s = f32[2]{0} reduce-scatter(%p), replica_groups={}").bytes == 4 * 4
     assert collective_of("%s = (f32[4]{0}, f32[8]{0}) all-reduce-start(%p, %p), replica_groups={}").bytes == 12 * 4
     permuted = (
         "%s = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}"

@@ -32,7 +32,7 @@ SLICING = ("dynamic-slice", "slice", "gather")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
-_PARTS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+_PARTS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")  # an axis of a mesh, or a part of one
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -189,7 +189,7 @@ class Program:
         """The work of an instruction that calls nothing, or of a fusion."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return [_collective(kind, instruction, times)]
+            return [_collective(computation, kind, instruction, times)]
         if kind == "fusion":
             return self._fusion(computation, instruction, times)
         if kind == "custom-call" and "tpu_custom_call" in instruction.attributes:
@@ -208,7 +208,7 @@ class Program:
             if kind in COLLECTIVES:
                 # XLA fuses an all-reduce with the slice that is kept of it, and runs a reduce-scatter.
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
-                collectives.append(_collective(kind, each[1], times))
+                collectives.append(_collective(each[0], kind, each[1], times))
             flops += _product_flops(*each)
         if collectives and not flops:
             return collectives
@@ -328,15 +328,13 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def _collective(kind: str, instruction: Instruction, times: float) -> Work:
-    arrays, group = instruction.arrays, _group(instruction.attributes)
+def _collective(computation: Computation, kind: str, instruction: Instruction, times: float) -> Work:
+    arrays, count = instruction.arrays, len(instruction.operands)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # the operands, the results and, perhaps, flags
-        count = len(instruction.operands)
         arrays = max(arrays[:count], arrays[count : 2 * count], key=_total_bytes)
-    size = _total_bytes(arrays)
-    if instruction.opcode == "reduce-scatter":
-        size *= len(group)  # its results are parts of what is reduced
-    return Work(kind, instruction.source, 0.0, size, times, group)
+    elif instruction.opcode == "reduce-scatter":  # its results are parts of what is reduced
+        arrays = tuple(array for name in instruction.operands for array in computation.instructions[name].arrays)
+    return Work(kind, instruction.source, 0.0, _total_bytes(arrays), times, _group(instruction.attributes))
 
 
 def _total_bytes(arrays: tuple[Array, ...]) -> int:
@@ -366,11 +364,10 @@ def _group_of_mesh(axes: str, sizes: str, order: str, grouped: str) -> tuple[int
     2 that stands behind a part of size 2."""
     lengths = {name: int(length) for name, length in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = _ordered(_integers(sizes) or tuple(lengths.values()), _integers(order))
+    parts = {name: (int(before or 1), int(part or lengths[name])) for name, before, part in _PARTS.findall(grouped)}
     shape, chosen = [], []
-    parts = {name: (int(before or 1), int(part or 0)) for name, before, part in _PARTS.findall(grouped)}
     for name, length in lengths.items():
         before, part = parts.get(name, (1, 1))
-        part = part or length
         shape += [before, part, length // before // part]
         chosen += [0, slice(None), 0]
     return tuple(ids.reshape(shape)[tuple(chosen)].ravel().tolist())
