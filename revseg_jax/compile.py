@@ -15,6 +15,7 @@ from revseg_jax.compilation.hlo import largest_arrays, parse
 from revseg_jax.compilation.programs import StepPrograms, make_programs
 from revseg_jax.compilation.roofline import Estimate, Pod, estimate
 from revseg_jax.compilation.topologies import GPUS, describe
+from revseg_jax.compilation.work import open_loops, program_work
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.learner.flops import update_flops
@@ -74,8 +75,8 @@ def compile_program(programs: StepPrograms, name: str, pod: Pod) -> Compiled:
         raise RunFailure(f"{pod.name}: the program {name} does not fit: {said}") from None
     seconds = time.perf_counter() - begin
     program, limit = parse(compiled.as_text()), programs.loop_limit(name)
-    cost = estimate(program.work(limit), pod, programs.kernel_flops)
-    return Compiled(cost, compiled.memory_analysis().temp_size_in_bytes, seconds, (program.open_loops, limit))
+    cost = estimate(program_work(program, limit), pod, programs.kernel_flops)
+    return Compiled(cost, compiled.memory_analysis().temp_size_in_bytes, seconds, (open_loops(program), limit))
 
 
 def too_large(text: str, program: str) -> str:

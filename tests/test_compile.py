@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import pytest
 
 from revseg_jax.cli import main
-from revseg_jax.compilation.hlo import Array, Work, parse
+from revseg_jax.compilation.hlo import Array, parse
 from revseg_jax.compilation.programs import PROGRAMS, make_programs
 from revseg_jax.compilation.roofline import CHIPS, Pod, estimate
 from revseg_jax.compilation.topologies import describe
+from revseg_jax.compilation.work import Work, program_work
 from revseg_jax.compile import Compiled, step_seconds, table, too_large
 from revseg_jax.config import load_config
 from revseg_jax.errors import InputError
@@ -36,7 +37,7 @@ needs_cuda = pytest.mark.skipif(
 
 def work_of(function, *shapes, trips=1):
     text = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile().as_text()
-    return list(parse(text).work(trips))
+    return program_work(parse(text), trips)
 
 
 def test_scanned_layers_count_as_often_as_they_run():
@@ -113,7 +114,7 @@ ENTRY %main.1_spmd (p0: (s32[], bf16[28,512,256], bf16[128,512]), p1: f32[64,128
 def test_a_pod_program_is_read_as_it_runs():
     """Layers of a stack, batched products as TPUs write them, memories of the core, groups, fused reduce-scatters,
     kernels with attributes of several lines and what follows them."""
-    works = list(parse(POD_PROGRAM).work())
+    works = program_work(parse(POD_PROGRAM))
     by_kind = {kind: [w for w in works if w.kind == kind] for kind in {w.kind for w in works}}
     layer, batched = by_kind["compute"]
     assert (layer.flops, layer.times) == (2 * 128 * 512 * 256, 28)
@@ -133,7 +134,9 @@ GROUPS = """
 import itertools, json
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from revseg_jax.compilation.hlo import COLLECTIVES, parse
+from revseg_jax.compilation.collectives import COLLECTIVES
+from revseg_jax.compilation.hlo import parse
+from revseg_jax.compilation.work import program_work
 
 mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 powers, found = 2.0 ** np.arange(8).reshape(2, 2, 2), []
@@ -146,7 +149,7 @@ for order in itertools.permutations("abc"):
             program = jax.jit(lambda x: x.sum(axes), in_shardings=spread, out_shardings=out).lower(x).compile()
             total = int(program(jax.device_put(x, spread)).addressable_shards[0].data.ravel()[0])
             text = program.as_text()
-            groups = [work.group for work in parse(text).work() if work.kind in COLLECTIVES]
+            groups = [work.group for work in program_work(parse(text)) if work.kind in COLLECTIVES]
             found += [(total, group, text) for group in groups if len(groups) == 1]  # some sum one axis after another
 print(json.dumps(found))
 """
@@ -162,7 +165,9 @@ def test_groups_are_those_that_a_program_sums_over():
 
 
 def collective_of(line):
-    (work,) = parse(f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %p = f32[4]{{0}} parameter(0)\n  {line}\n}}").work()
+    (work,) = program_work(
+        parse(f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %p = f32[4]{{0}} parameter(0)\n  {line}\n}}")
+    )
     return work
 
 
@@ -193,7 +198,7 @@ def test_groups_along_a_part_of_an_axis():
 
 def test_the_roofline_takes_the_slower_of_arithmetic_and_memory():
     pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 1)
-    found = estimate(parse(POD_PROGRAM).work(), pod, lambda work: 0.0)
+    found = estimate(program_work(parse(POD_PROGRAM)), pod, lambda work: 0.0)
     kernel = (28 * 512 * 256 * 2 + 256 * 128 * 4) / 2765e9
     layer = max(2 * 128 * 512 * 256 / 459e12, (512 * 256 + 2 + 128 * 256) * 2 / 2765e9)
     batched = max(8 * 2 * 16 * 32 * 64 / 459e12, 8 * (16 * 32 + 32 * 64 + 16 * 64) * 2 / 2765e9)
@@ -258,7 +263,7 @@ ENTRY %main (q: bf16[3,40,8,16], k: bf16[3,50,2,16], v: bf16[3,50,2,16]) -> bf16
   ROOT %o = bf16[3,8,40,16]{{3,1,2,0}} get-tuple-element(%a), index=0
 }}
 """  # noqa: E501
-    (work,) = parse(program).work()
+    (work,) = program_work(parse(program))
     assert work.flops == products * 2 * 3 * 8 * 40 * 50 * 16 * share
     assert work.bytes == 2 * 16 * 3 * (2 * 40 * 8 + 2 * 50 * 2)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from revseg_jax.compilation.hlo import Work
+from revseg_jax.compilation.work import Work
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError
 from revseg_jax.learner.experience import Experience, Scores

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from revseg_jax.compilation.hlo import Work
+from revseg_jax.compilation.work import Work
 
 
 @dataclass(frozen=True)
