@@ -131,15 +131,18 @@ def data(folder: str) -> Finding:
 
 
 def sidecars(config: Config) -> Iterator[Finding]:
-    """Each is asked for its model, so that its certificate and the token are tried too."""
+    """Each is asked for its model, which must be one for all; its certificate and the token are tried too."""
     from revseg_jax.tracker.client import TrackerClient
     from revseg_jax.tracker.process import credentials
 
+    models = set()
     for endpoint in config.tracker.endpoints:
         try:
             token, tls = credentials(config.tracker)
             with TrackerClient([endpoint], PATIENCE_SECONDS, PATIENCE_SECONDS, token=token, tls=tls) as client:
                 info = client.info()
-            yield Finding("sidecar", f"{endpoint} serves {info.checkpoint}")
+            models.add(info.model)
+            fault = "" if len(models) == 1 else "runs another model than those before: all must run the same"
+            yield Finding("sidecar", f"{endpoint} serves {info.checkpoint} ({info.model[:12]})", fault)
         except (InputError, RunFailure) as error:
             yield Finding("sidecar", endpoint, str(error))

@@ -34,13 +34,13 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
     """
     data = find_data(list(config.data.test), list(benchmarks))
     folder = Path(out)
-    settings = _settings_with(folder, _settings(config, sampled, data))
-    loaded = load_engine(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    engine = loaded.engine if sampled else loaded.greedy
     failures: dict[str, Counter[str]] = {}
     with tracker_client(config) as client:
+        settings = _settings_with(folder, _settings(config, client.info().model, sampled, data))
+        loaded = load_engine(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        engine = loaded.engine if sampled else loaded.greedy
         for name, path in data.items():
             params = loaded.trained, loaded.frozen
             failures[name] = predict(BENCHMARKS[name], path, folder / name, engine, params, client, config.run.seed)
@@ -73,13 +73,16 @@ def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str])
     return dataclasses.replace(config, chain=dataclasses.replace(spoken, **changed))
 
 
-def _settings(config: Config, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:
-    """All that decides a prediction. Policy and data by their content: folders may be moved, or written anew."""
+def _settings(config: Config, tracker: str, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:
+    """All that decides a prediction. Policy, tracker and data by their content: folders may be moved, or written anew.
+
+    tracker: what `TrackerClient.info` says of the model.
+    """
     policy = config.policy
     settings = {
         "policy": [policy_digest(policy.path), policy.dtype, policy.param_dtype],
         "chain": dataclasses.asdict(config.chain),
-        "tracker": [config.tracker.checkpoint, config.tracker.config, list(config.tracker.endpoints)],
+        "tracker": tracker,
         "sampling": dataclasses.asdict(config.rollout) | {"seed": config.run.seed} if sampled else "greedy",
         "data": {name: read_prepared(path)["fingerprint"] for name, path in data.items()},
     }

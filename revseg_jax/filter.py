@@ -22,7 +22,7 @@ from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.metrics import region_similarity
 from revseg_jax.paths import local_only
-from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.client import TrackerClient, description
 from revseg_jax.train import tracker_client
 
 SPLIT = "train"
@@ -42,8 +42,7 @@ def main(folder: str, threshold: float, config: Config) -> dict[str, Any]:
     if total is None:
         raise InputError(f"{folder} has no split {SPLIT!r}: only training data is filtered")
     with tracker_client(config) as client:
-        info = client.info()
-        tracker = {"checkpoint": info.checkpoint, "config": info.config}
+        tracker = description(client.info())["tracker"]
         (path / DECISIONS).unlink(missing_ok=True)  # so that the source shows all videos
         scores = _score_all(path, ClipSource([path], SPLIT), client, tracker)
     dropped = [video for video, iou in scores.items() if iou < threshold]
@@ -75,7 +74,7 @@ def _score_all(folder: Path, source: ClipSource, client: TrackerClient, tracker:
             record = json.loads(line)
         except ValueError:  # cut off when the command was killed
             continue
-        if record["tracker"] != tracker:
+        if record["tracker"].get("model") != tracker["model"]:
             raise InputError(f"{log} holds scores of the tracker {record['tracker']['checkpoint']}: delete it to go on")
         scores[record["video"]] = record["mean_iou"]
     partial = folder / f".{SCORES}.partial"  # whole or not at all, should the command be killed here as well

@@ -32,7 +32,7 @@ from revseg_jax.rollout.engine import Prompt
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import Prompt as TrackerPrompt
-from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.client import TrackerClient, description
 from revseg_jax.tracker.process import open_tracker
 
 PACKAGES = ("revseg-jax", "jax", "flax", "av", "pillow", "numpy")
@@ -108,10 +108,9 @@ def main(
         trace = {
             **_trace(loaded, source, query, shown, keyframe, rollout),
             "masked_frames": int(masked.sum()),
-            "tracker": {"checkpoint": info.checkpoint, "config": info.config, "device": info.device},
             "timings": timings,  # seconds
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "tracker_versions": dict(info.versions),
+            **description(info),
         }
         (folder / "trace.json").write_text(json.dumps(trace, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(_summary(trace, out))

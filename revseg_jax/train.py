@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -48,7 +49,7 @@ from revseg_jax.run.interruption import Interrupted, Interruption, heed_sigterm
 from revseg_jax.run.progress import Progress
 from revseg_jax.scheduled_evaluation import evaluate_when_due, evaluation_due
 from revseg_jax.step_metrics import Clock, Compilations, reward_metrics, rollout_metrics, speed_metrics
-from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.client import TrackerClient, description
 from revseg_jax.tracker.connection import SidecarAway
 from revseg_jax.tracker.process import open_tracker
 
@@ -79,11 +80,26 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
-    open_run = (
-        partial(RunFolder, config, source.fingerprints, loaded.folder) if leads() else partial(RunFollower, config)
-    )
+    tracker = await_tracker(client, config.tracker.patience) if client else None
+    made_of = source.fingerprints, loaded.folder, tracker
+    open_run = partial(RunFolder, config, *made_of) if leads() else partial(RunFollower, config)
     with heed_sigterm() as interruption, closing(open_run()) as run, telling_others():
         return run_steps(config, loaded, client, source, run, interruption)
+
+
+def await_tracker(client: TrackerClient, patience: float) -> dict[str, Any]:
+    """What the run's manifest says of the tracker. Sidecars that were started together with the run have `patience`
+    seconds to come up. Raises SidecarAway."""
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            return description(client.info())
+        except SidecarAway as error:
+            if time.monotonic() >= end:
+                raise
+            if leads() and not told:
+                print(f"revseg: {error}; waiting for up to {patience:.0f} s", file=sys.stderr)
+            told = True
 
 
 def run_steps(

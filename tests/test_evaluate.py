@@ -423,6 +423,11 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     with pytest.raises(SystemExit):
         main([*arguments, "--sampled"])
     assert "another sampling" in capsys.readouterr().err
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"tracker": settings["tracker"][::-1]}))
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "holds predictions of another tracker" in capsys.readouterr().err
 
 
 def test_frames_at_test_time_are_the_users_choice():

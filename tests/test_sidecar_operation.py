@@ -17,8 +17,9 @@ from revseg_jax import cli
 from revseg_jax.config import RewardsConfig
 from revseg_jax.errors import InputError
 from revseg_jax.rewards.scoring import request_rewards
-from revseg_jax.tracker import TrackerClient, wire
+from revseg_jax.tracker import SidecarAway, TrackerClient, wire
 from revseg_jax.tracker.clips import Limits
+from revseg_jax.tracker.process import run_sidecar
 
 pytest_plugins = ["tracker_fixtures"]
 
@@ -86,7 +87,27 @@ def test_info(serving, model):
         assert (info.max_frames, info.max_pixels, info.max_clips, info.max_clip_bytes) == (7, 40_000, 3, 10**6)
         assert info.max_prompts == limits.max_prompts and info.max_masks == limits.max_masks
         assert info.max_calls == limits.max_calls and info.max_message_bytes == wire.MESSAGE_BYTES
-        assert info.clips_held == 1
+        assert info.clips_held == 1 and info.model == service.description.model
+
+
+def test_answers_of_two_models_are_never_mixed(endpoint, checkpoint, capsys):
+    clip = moving_shapes(2)
+    with run_sidecar(threads=1) as other, TrackerClient([endpoint, other]) as client:
+        assert client.info().checkpoint == str(checkpoint)  # the sidecars are asked in turn
+        words = f"sidecar at {other} runs another model than the first that answered: model .* of embedded runs here"
+        for call in (
+            lambda: client.track(clip, [(0, BOX)]),
+            lambda: client.score(clip, [(0, BOX)], np.ones((2, HEIGHT, WIDTH), bool)),
+            lambda: client.segment_frames(clip, [BOX, BOX]),
+        ):
+            with pytest.raises(SidecarAway, match=words):
+                call()
+        assert len(list(client.track_stream(lambda: clip, [(0, BOX)]))) == 2
+        with pytest.raises(SidecarAway, match=words):
+            list(client.track_stream(lambda: clip, [(0, BOX)]))
+        with pytest.raises(SystemExit):
+            cli.main(["doctor", f"tracker.endpoints=[{endpoint},{other}]"])
+    assert "runs another model than those before" in capsys.readouterr().out
 
 
 # --- logs and metrics

@@ -65,7 +65,7 @@ def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
 
 def test_a_sidecar_that_comes_back_is_asked_again(model, monkeypatch):
     monkeypatch.setattr(connection, "LEFT_OUT_SECONDS", 0.1)
-    services = [TrackerService(Engine(model), Description("random", "small", {}), Limits()) for _ in range(2)]
+    services = [TrackerService(Engine(model), Description("random", "small", "f" * 64, {}), Limits()) for _ in range(2)]
     asked = [[], []]
     for service, records in zip(services, asked, strict=True):
         service.watchers.append(records.append)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tracker_setup import start_sidecar
 
 from revseg_jax import train
 from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
-from revseg_jax.errors import RunFailure
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.rollout.loading import load_engine
-from revseg_jax.tracker import TrackerClient
+from revseg_jax.tracker import SidecarAway, TrackerClient, connection
+from revseg_jax.tracker.model import EMBEDDED
 
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=3", "rollout.prompts_per_batch=1", "run.traces_every=1"]
@@ -38,10 +41,20 @@ def sidecar():
     held[0].wait()
 
 
-class KillingClient(TrackerClient):
-    """Kills its sidecar just before request number `at`."""
+@pytest.fixture
+def other_checkpoint(tmp_path) -> Path:
+    """The embedded tracker, but for one weight."""
+    tensors = load_file(EMBEDDED / "tracker.safetensors")
+    tensors["no_mem_embed"][0, 0, 0] += 1
+    save_file(tensors, tmp_path / "other.safetensors")
+    shutil.copy(EMBEDDED / "tracker.yaml", tmp_path / "other.yaml")
+    return tmp_path / "other.safetensors"
 
-    def __init__(self, sidecar, at: int, back: bool, patience: float):
+
+class KillingClient(TrackerClient):
+    """Kills its sidecar just before request number `at`; one with the checkpoint `back` takes its place."""
+
+    def __init__(self, sidecar, at: int, back: Path | None, patience: float):
         super().__init__([f"127.0.0.1:{sidecar[1]}"], patience_seconds=patience)
         self.sidecar, self.at, self.back, self.requests = sidecar, at, back, 0
 
@@ -56,7 +69,7 @@ class KillingClient(TrackerClient):
         return super().score_async(*arguments, **options)
 
     def start_again(self) -> None:
-        self.sidecar[0], _ = start_sidecar(Path("embedded"), Path("embedded"), self.sidecar[1])
+        self.sidecar[0], _ = start_sidecar(self.back, Path("embedded"), self.sidecar[1])
 
 
 def run(clips, client, folder, steps=2):
@@ -72,13 +85,13 @@ def metrics(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 
-def test_a_sidecar_that_dies_changes_nothing(clips, sidecar, tmp_path):
+def test_a_sidecar_that_dies_changes_nothing(clips, sidecar, other_checkpoint, tmp_path):
     with TrackerClient([f"127.0.0.1:{sidecar[1]}"]) as client:
         state = run(clips, client, tmp_path / "straight")
     expected = metrics(tmp_path / "straight")
     assert len(expected) == 2 and any(row["reward/mask"] > 0 for row in expected)
     # Killed in the second step, and started again while the step waits for its rewards.
-    with KillingClient(sidecar, at=2, back=True, patience=300) as client:
+    with KillingClient(sidecar, at=2, back=Path("embedded"), patience=300) as client:
         again = run(clips, client, tmp_path / "killed")
         assert client.requests > 2
         client.starting.join()
@@ -86,12 +99,45 @@ def test_a_sidecar_that_dies_changes_nothing(clips, sidecar, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.trained, state.trained)
     # Killed for good.
     folder = tmp_path / "stopped"
-    with KillingClient(sidecar, at=2, back=False, patience=0.5) as client:
+    with KillingClient(sidecar, at=2, back=None, patience=0.5) as client:
         with pytest.raises(RunFailure, match=r"no tracker sidecar answers at .*; step 1 is saved, .* goes on") as error:
             run(clips, client, folder)
     assert "\n" not in str(error.value) and len(metrics(folder)) == 1
+    # Another model took its place.
+    sidecar[0], _ = start_sidecar(other_checkpoint, Path("embedded"), sidecar[1])
+    with TrackerClient([f"127.0.0.1:{sidecar[1]}"]) as client:
+        with pytest.raises(InputError, match=f"another tracker .embedded and {other_checkpoint}.: choose another"):
+            run(clips, client, folder)
+    sidecar[0].kill()
+    sidecar[0].wait()
     sidecar[0], _ = start_sidecar(Path("embedded"), Path("embedded"), sidecar[1])
     with TrackerClient([f"127.0.0.1:{sidecar[1]}"]) as client:
         resumed = run(clips, client, folder)
     assert metrics(folder) == expected
     jax.tree.map(np.testing.assert_array_equal, resumed.trained, state.trained)
+    first, last = (json.loads((folder / "run.json").read_text())[key] for key in ("earlier_starts", "tracker"))
+    assert [start["tracker"] for start in first] == [last] and last["checkpoint"] == "embedded"
+
+
+def test_a_sidecar_that_comes_back_with_another_model_scores_nothing(clips, sidecar, other_checkpoint, tmp_path):
+    with KillingClient(sidecar, at=2, back=other_checkpoint, patience=300) as client:
+        with pytest.raises(RunFailure, match=r"runs another model than the first .*; step 1 is saved"):
+            run(clips, client, tmp_path / "run")
+        client.starting.join()
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_a_run_waits_for_sidecars_that_are_started_with_it(clips, sidecar, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(connection, "FIRST_CONTACT_SECONDS", 0.1)
+    sidecar[0].kill()
+    sidecar[0].wait()
+    with TrackerClient([f"127.0.0.1:{sidecar[1]}"]) as client:
+        with pytest.raises(SidecarAway, match="no tracker sidecar answers"):
+            train.await_tracker(client, 0.2)
+        starting = threading.Thread(target=lambda: sidecar.append(start_sidecar(*[Path("embedded")] * 2, sidecar[1])))
+        starting.start()
+        known = train.await_tracker(client, 300)
+        starting.join()
+        sidecar[0] = sidecar.pop()[0]
+    assert known["tracker"]["checkpoint"] == "embedded" and known["tracker_device"] == "cpu"
+    assert capsys.readouterr().err.count("waiting for up to 300 s") == 1

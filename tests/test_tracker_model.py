@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from revseg_jax.errors import InputError
 from revseg_jax.tracker import embedded_scores, embedded_training
-from revseg_jax.tracker.model import EMBEDDED, build_tracker
+from revseg_jax.tracker.model import EMBEDDED, build_tracker, fingerprint
 from revseg_jax.tracker.training_data import Phase, box_of, jittered_box, make_batch
 from revseg_jax.tracker.training_start import foreground_heads, initialise, learn_boxes
 from revseg_jax.tracker.training_step import encode, track
@@ -78,6 +79,27 @@ def test_checkpoint_in_the_published_layout(tracker, tmp_path):
     again = build_tracker(checkpoint=tmp_path / "tiny.pt")  # its config is found beside it
     for name, value in tracker.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+    assert fingerprint(again, "embedded", tmp_path / "tiny.pt") == fingerprint(tracker, "embedded", "embedded")
+
+
+def test_fingerprints_tell_trackers_apart(tracker, tmp_path):
+    """By one digit of one weight, or by a number of the config that no weight shows."""
+    known = fingerprint(tracker, "embedded", "embedded")
+    tensors = {name: value.clone() for name, value in tracker.state_dict().items()}
+    bias = tensors["sam_mask_decoder.iou_prediction_head.layers.0.bias"]
+    bias[3] = torch.nextafter(bias[3], torch.tensor(9.0))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "other.safetensors")
+    other = build_tracker(EMBEDDED / "tracker.yaml", tmp_path / "other.safetensors")
+    tree = yaml.safe_load((EMBEDDED / "tracker.yaml").read_text())
+    tree["model"]["max_obj_ptrs_in_encoder"] += 1
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(tree))
+    longer = build_tracker(tmp_path / "longer.yaml")
+    different = {
+        known,
+        fingerprint(other, EMBEDDED / "tracker.yaml", tmp_path / "other.safetensors"),
+        fingerprint(longer, tmp_path / "longer.yaml", "embedded"),
+    }
+    assert len(different) == 3
 
 
 def _broken(tmp_path: Path, kind: str) -> Path:

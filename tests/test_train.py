@@ -101,6 +101,7 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     manifest = json.loads((folder / "run.json").read_text())
     assert manifest["versions"]["jax"] == jax.__version__ and len(manifest["data_fingerprints"]) == 1
     assert manifest["config"]["run"]["steps"] == 3 and manifest["seed"] == 0 and manifest["command"] == sys.argv
+    assert manifest["tracker"]["checkpoint"] == "embedded" and manifest["tracker_versions"].keys() > {"torch", "sam2"}
     assert manifest["mesh"]["tensor"] == 1 and manifest["platform"] and manifest["device_kinds"]
     assert len(manifest["git"]["revision"]) == 40 and manifest["git"]["clean"] in (True, False)
 

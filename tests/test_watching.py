@@ -186,6 +186,10 @@ def test_what_may_change_the_bits_is_named():
     words = ["versions jax 3 instead of 1", "mesh data 2 instead of 1", "flags XLA_FLAGS x instead of None"]
     assert changed_conditions(before, now) == words
     assert changed_conditions(before, before) == [] and changed_conditions({}, now) == []
+    tracked = before | {"tracker_device": "cpu", "tracker_versions": {"torch": "1"}}
+    moved = before | {"tracker_device": "cuda:0", "tracker_versions": {"torch": "2"}}
+    words = ["tracker_device cuda:0 instead of cpu", "tracker_versions torch 2 instead of 1"]
+    assert changed_conditions(tracked, moved) == words and changed_conditions(tracked, before) == []
 
 
 def test_deterministic_kernels_are_a_flag_that_xla_knows():

@@ -76,7 +76,7 @@ def serving(model):
     servers = []
 
     def start(limits: Limits | None = None, tls: ServerTLS | None = None, token: str | None = None):
-        service = TrackerService(Engine(model), Description("random", "small", {}), limits or Limits())
+        service = TrackerService(Engine(model), Description("random", "small", "f" * 64, {}), limits or Limits())
         server, _, port = serve(service, tls=tls, token=token)
         servers.append(server)
         return service, port

@@ -37,12 +37,14 @@ MAY_CHANGE = frozenset(
 class RunFolder:
     """Opens `config.run.dir` for a training run, new or resumed.
 
-    A resumed run must have the same data, start policy and config but for what `MAY_CHANGE` names. Raises InputError
-    when it has others, or when another process trains in the folder; RunFailure when the folder cannot be written.
+    A resumed run must have the same data, start policy, tracker and config but for what `MAY_CHANGE` names. Raises
+    InputError when it has others, or when another process trains in the folder; RunFailure when the folder cannot be
+    written.
     """
 
-    def __init__(self, config: Config, fingerprints: list[str], policy: Path):
-        """fingerprints: of the training data; policy: the folder of the policy that the run starts from."""
+    def __init__(self, config: Config, fingerprints: list[str], policy: Path, tracker: dict[str, Any] | None = None):
+        """fingerprints: of the training data; policy: the folder of the policy that the run starts from; tracker: what
+        `revseg_jax.tracker.client.description` says of the one that is asked, if one is."""
         self._mirror = Mirror(config.run.dir)
         self.path = self._mirror.local
         try:
@@ -55,7 +57,7 @@ class RunFolder:
             folder = self._mirror.folder / "checkpoints"
             self.checkpoints = Checkpoints(folder, kept, before_save=self._mirror.push)
             self.resumes = self.checkpoints.latest_step() is not None
-            conditions = manifest(config, fingerprints, policy)
+            conditions = manifest(config, fingerprints, policy, tracker)
             if self.resumes:
                 check_same_settings(self.path, config)
                 conditions["earlier_starts"] = self._earlier_starts(conditions)
@@ -82,13 +84,17 @@ class RunFolder:
         return RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}")
 
     def _earlier_starts(self, conditions: dict[str, Any]) -> list[dict[str, Any]]:
-        """What run.json said at each start before this one, without the config. Raises InputError for other data or
-        another start policy, which is also the reference."""
+        """What run.json said at each start before this one, without the config. Raises InputError for other data,
+        another start policy, which is also the reference, or another tracker."""
         path = self.path / "run.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         for name, where in (("data_fingerprints", "data.train"), ("policy_fingerprint", "policy.path")):
             if before.get(name, conditions[name]) != conditions[name]:
                 raise InputError(f"{self.path} holds a run with other files in {where}: choose another run.dir")
+        trackers = [start["tracker"] for start in (before, conditions) if "tracker" in start]
+        if len({tracker["model"] for tracker in trackers}) > 1:
+            names = " and ".join(tracker["checkpoint"] for tracker in trackers)
+            raise InputError(f"{self.path} holds a run with another tracker ({names}): choose another run.dir")
         for difference in changed_conditions(before, conditions):
             print(f"revseg: warning: the run goes on with {difference}; that may change its bits", file=sys.stderr)
         earlier = before.pop("earlier_starts", [])

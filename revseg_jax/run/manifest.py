@@ -36,12 +36,18 @@ PACKAGES = (
     "sam2",
 )
 EDGE_BYTES = 65536
-CONDITIONS = ("versions", "platform", "device_kinds", "processes", "mesh", "flags")  # what may change the bits
+# What may change the bits.
+CONDITIONS = (
+    *("versions", "platform", "device_kinds", "processes", "mesh", "flags"),
+    *("tracker_device", "tracker_versions"),
+)
 
 
-def manifest(config: Config, fingerprints: list[str], policy: Path) -> dict[str, Any]:
+def manifest(
+    config: Config, fingerprints: list[str], policy: Path, tracker: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """JSON-ready. fingerprints: of the folders of `data.train`; policy: the folder of the policy that the run starts
-    from and, with a KL, is held near to."""
+    from and, with a KL, is held near to; tracker: `revseg_jax.tracker.client.description`, of a run that asks one."""
     devices = jax.devices()
     return {
         "command": sys.argv,
@@ -62,6 +68,7 @@ def manifest(config: Config, fingerprints: list[str], policy: Path) -> dict[str,
         "data_fingerprints": fingerprints,
         "policy_fingerprint": policy_fingerprint(policy),
         "git": _git_revision(),
+        **(tracker or {}),
     }
 
 
@@ -82,11 +89,11 @@ def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]
     """In words, what is otherwise than at another start of the same run and may change its bits."""
     differences = []
     for name in CONDITIONS:
-        old, new = before.get(name), now[name]
+        old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             pairs = [(key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())]
             differences += [f"{name} {key} {b} instead of {a}" for key, a, b in pairs if a != b]
-        elif old is not None and old != new:
+        elif None not in (old, new) and old != new:
             differences.append(f"{name} {new} instead of {old}")
     return differences
 

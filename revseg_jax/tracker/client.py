@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import numpy as np
@@ -39,8 +40,10 @@ class TrackerClient:
     started again, say), or too busy to take a call, before the call fails with SidecarAway; one that never answered,
     for 10 s. `deadline_seconds` bounds each single request.
 
+    All sidecars must run the model of the first that answers: masks and scores of two models are never mixed.
+
     All calls raise InputError when the input is refused and RunFailure when no sidecar gives an answer; SidecarAway is
-    one of these.
+    one of these, also for a sidecar with another model.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class TrackerClient:
         self._connections = Connections(endpoints, patience_seconds, tls, token)
         self._deadline = deadline_seconds
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="score")
-        self._image_size: int | None = None
+        self._first: pb.InfoReply | None = None
         self._lock = threading.Lock()
 
     def track(self, clip: ClipFrames, prompts: Sequence[Prompt], frames: Sequence[int] | None = None) -> np.ndarray:
@@ -67,8 +70,11 @@ class TrackerClient:
 
         clip: uint8 [T, H, W, 3] or T JPEG images. prompts: (keyframe, (x1, y1, x2, y2) in pixels of the clip).
         """
-        upload = clip_upload(clip, self._model_size())
-        request = pb.TrackRequest(prompts=_prompts(prompts), frames=_frames(frames), clip_id=upload.header.clip_id)
+        first = self._first_info()
+        upload = clip_upload(clip, first.image_size)
+        request = pb.TrackRequest(
+            prompts=_prompts(prompts), frames=_frames(frames), clip_id=upload.header.clip_id, model=first.model
+        )
         columns = {frame: n for n, frame in enumerate(range(upload.count) if frames is None else frames)}
         shape = (len(prompts), len(columns), upload.header.height, upload.header.width)
         if 0 in shape:
@@ -89,11 +95,12 @@ class TrackerClient:
 
         boxes: T of them, (x1, y1, x2, y2) in pixels of the clip; None where there is no object, and no mask.
         """
-        upload = clip_upload(clip, self._model_size())
+        first = self._first_info()
+        upload = clip_upload(clip, first.image_size)
         if len(boxes) != upload.count:
             raise InputError(f"boxes: {len(boxes)} of them for a clip of {upload.count} frames")
         prompts = _prompts([(frame, box) for frame, box in enumerate(boxes) if box is not None])
-        request = pb.SegmentFramesRequest(prompts=prompts, clip_id=upload.header.clip_id)
+        request = pb.SegmentFramesRequest(prompts=prompts, clip_id=upload.header.clip_id, model=first.model)
         shape = (upload.count, upload.header.height, upload.header.width)
 
         def ask(endpoint: Endpoint) -> np.ndarray:
@@ -115,8 +122,9 @@ class TrackerClient:
         (index into prompts, frame, mask bool [H, W]) in the order of tracking: from the keyframe to the end, then from
         the keyframe to the start. Without a deadline.
         """
-        upload = stream_upload(open_frames, self._model_size())
-        request = pb.TrackRequest(prompts=_prompts(prompts))
+        first = self._first_info()
+        upload = stream_upload(open_frames, first.image_size)
+        request = pb.TrackRequest(prompts=_prompts(prompts), model=first.model)
         if not prompts:
             return
 
@@ -147,13 +155,15 @@ class TrackerClient:
         truth: bool [T, H, W], or T COCO RLEs with None where the object is absent. contour=False leaves out F, which
         takes about as long as the tracking with a small model.
         """
-        upload = clip_upload(clip, self._model_size(), truth)
+        first = self._first_info()
+        upload = clip_upload(clip, first.image_size, truth)
         request = pb.ScoreRequest(
             clip_id=upload.header.clip_id,
             truth_id=upload.header.truth_id,
             prompts=_prompts(prompts),
             frames=_frames(frames),
             skip_contour=not contour,
+            model=first.model,
         )
         shape = (len(prompts), upload.count if frames is None else len(frames))
         if 0 in shape:
@@ -173,7 +183,10 @@ class TrackerClient:
 
     def info(self) -> pb.InfoReply:
         """What a sidecar says about itself: model, device, limits, versions."""
-        return self._connections.call(lambda endpoint: endpoint.stub.Info(pb.InfoRequest(), timeout=self._deadline))
+        reply = self._connections.call(lambda endpoint: endpoint.stub.Info(pb.InfoRequest(), timeout=self._deadline))
+        with self._lock:
+            self._first = self._first or reply
+        return reply
 
     def close(self) -> None:
         """Gives up what is under way."""
@@ -186,11 +199,19 @@ class TrackerClient:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _model_size(self) -> int:
-        with self._lock:
-            if self._image_size is None:
-                self._image_size = self.info().image_size
-            return self._image_size
+    def _first_info(self) -> pb.InfoReply:
+        if self._first is None:
+            self.info()
+        return self._first
+
+
+def description(info: pb.InfoReply) -> dict[str, Any]:
+    """What is written down about a tracker beside results that it had a part in. JSON-ready."""
+    return {
+        "tracker": {"model": info.model, "checkpoint": info.checkpoint, "config": info.config},
+        "tracker_device": info.device,
+        "tracker_versions": dict(info.versions),
+    }
 
 
 def _prompts(prompts: Sequence[Prompt]) -> list[pb.Prompt]:

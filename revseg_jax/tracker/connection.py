@@ -37,7 +37,8 @@ CHANNEL_OPTIONS = [
 
 
 class SidecarAway(RunFailure):
-    """No sidecar answered, or none had room, for as long as the client is patient."""
+    """No sidecar answered, or none had room, for as long as the client is patient; or one runs another model than the
+    first that answered, and is as good as away."""
 
 
 def check(host: str, port: int, seconds: float = 5.0, tls: TLS | None = None) -> bool:
@@ -196,6 +197,8 @@ def _failure(endpoint: Endpoint, error: grpc.RpcError) -> InputError | RunFailur
             return InputError(f"tracker: {details(error)}")
         case grpc.StatusCode.UNAUTHENTICATED:
             return InputError(f"{where} refuses the call: {details(error)} (tracker.token_file, --token-file)")
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return SidecarAway(f"{where} runs another model than the first that answered: {details(error)}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return RunFailure(
                 f"{where} did not answer in time; is it overloaded, or tracker.deadline_seconds too short?"
@@ -206,7 +209,8 @@ def _failure(endpoint: Endpoint, error: grpc.RpcError) -> InputError | RunFailur
 
 def details(error: grpc.RpcError) -> str:
     lines = (error.details() or "").splitlines() or [""]
-    return f"{error.code().name} {lines[0]}".strip() if error.code() != grpc.StatusCode.INVALID_ARGUMENT else lines[0]
+    explained = error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+    return lines[0] if explained else f"{error.code().name} {lines[0]}".strip()
 
 
 def _target(host: str, port: int) -> str:

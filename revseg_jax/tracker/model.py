@@ -6,6 +6,8 @@ one reads a YAML file from anywhere and leaves hydra's global state alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import sam2
@@ -61,6 +63,18 @@ def build_tracker(
         file = EMBEDDED / "tracker.safetensors" if checkpoint == "embedded" else Path(checkpoint)
         _load_strictly(predictor, _read_tensors(file), file, path)
     return predictor.to(device).eval()
+
+
+def fingerprint(model: torch.nn.Module, config: str | Path, checkpoint: str | Path | None) -> str:
+    """SHA-256, in hexadecimal, of the parameters of a model and of the config that it was built from: whatever their
+    files are called, two trackers with the same fingerprint are the same function. config, checkpoint: as given to
+    `build_tracker`."""
+    tree = OmegaConf.to_container(OmegaConf.load(_config_path(config, checkpoint)), resolve=True)
+    content = hashlib.sha256(json.dumps(tree["model"], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
 
 
 def _config_path(config: str | Path, checkpoint: str | Path | None) -> Path:

@@ -33,6 +33,7 @@ class Description:
 
     checkpoint: str
     config: str
+    model: str  # `revseg_jax.tracker.model.fingerprint`
     versions: dict[str, str]
 
 
@@ -42,6 +43,10 @@ class _CallerGone(Exception):
 
 class _Draining(Exception):
     """This sidecar is shutting down."""
+
+
+class _OtherModel(Exception):
+    """Another model is meant than the one that runs here."""
 
 
 class _Full(Exception):
@@ -56,6 +61,7 @@ _CODES = {
     OSError: grpc.StatusCode.RESOURCE_EXHAUSTED,  # the disk that holds the clips is full
     _CallerGone: grpc.StatusCode.CANCELLED,
     _Draining: grpc.StatusCode.UNAVAILABLE,
+    _OtherModel: grpc.StatusCode.FAILED_PRECONDITION,
     _Full: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
@@ -141,6 +147,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
         return pb.InfoReply(
             checkpoint=self.description.checkpoint,
             config=self.description.config,
+            model=self.description.model,
             versions=self.description.versions,
             device=str(self.engine.model.device),
             image_size=self.engine.image_size,
@@ -178,6 +185,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
         admitted = False
         try:
             admitted = self._admit(peer)
+            self._check_model(getattr(request, "model", ""))
             yield record
             code = grpc.StatusCode.OK
         except grpc.RpcError:  # the caller went away while its frames were read
@@ -209,6 +217,11 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
                 raise _Full
             self._callers[peer] += 1
         return True
+
+    def _check_model(self, meant: str) -> None:
+        runs = self.description.model
+        if meant and meant != runs:
+            raise _OtherModel(f"model {runs[:12]} of {self.description.checkpoint} runs here, {meant[:12]} is meant")
 
     def _tell(self, record: CallRecord) -> None:
         for watcher in self.watchers:

@@ -126,7 +126,7 @@ def _service(
     import torch
 
     from revseg_jax.tracker.engine import Engine
-    from revseg_jax.tracker.model import build_tracker
+    from revseg_jax.tracker.model import build_tracker, fingerprint
     from revseg_jax.tracker.service import Description, TrackerService
 
     if threads is not None:
@@ -139,13 +139,14 @@ def _service(
         raise InputError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     versions = {"revseg_jax": revseg_jax.__version__, "sam2": version("sam2"), "torch": torch.__version__}
     model = build_tracker(config, checkpoint, device)
+    description = Description(str(checkpoint), str(config), fingerprint(model, config, checkpoint), versions)
     host_bytes = None if host_mebibytes is None else host_mebibytes << 20
     engine = Engine(model, feature_mebibytes << 20, host_bytes, compiled=model.device.type == "cuda")
     if engine.compiled:
         reason = engine.warm_up()
         if reason:
             LOGGER.warning("not compiled", extra={"fields": {"reason": reason}})
-    return TrackerService(engine, Description(str(checkpoint), str(config), versions), Limits())
+    return TrackerService(engine, description, Limits())
 
 
 def _signals() -> socket.socket:

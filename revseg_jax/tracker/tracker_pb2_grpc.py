@@ -31,7 +31,9 @@ class TrackerStub:
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
     put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
     metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
-    lacks "authorization: Bearer TOKEN".
+    lacks "authorization: Bearer TOKEN". FAILED_PRECONDITION: another model runs here than the one that is meant.
+
+    Requests that the model answers may say which one is meant, by what Info says of it as `model`; empty: any.
     """
 
     def __init__(self, channel):
@@ -73,7 +75,9 @@ class TrackerServicer:
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
     put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
     metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
-    lacks "authorization: Bearer TOKEN".
+    lacks "authorization: Bearer TOKEN". FAILED_PRECONDITION: another model runs here than the one that is meant.
+
+    Requests that the model answers may say which one is meant, by what Info says of it as `model`; empty: any.
     """
 
     def PutClip(self, request_iterator, context):
@@ -153,7 +157,9 @@ class Tracker:
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
     put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
     metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
-    lacks "authorization: Bearer TOKEN".
+    lacks "authorization: Bearer TOKEN". FAILED_PRECONDITION: another model runs here than the one that is meant.
+
+    Requests that the model answers may say which one is meant, by what Info says of it as `model`; empty: any.
     """
 
     @staticmethod
