@@ -1,79 +1,63 @@
-"""`revseg demo` with everything heavy replaced: what it makes of a training that was stopped."""
+"""`revseg demo` with few clips and steps, but real ones: what a stopped one leaves, and how it goes on."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import types
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
+from tracker_setup import until
 
 from revseg_jax import demo
-from revseg_jax.config import load_config, to_yaml
+from revseg_jax.config import load_config
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.evaluation.held_out import Evaluation
 
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
-SCORES = Evaluation(96, 30.0, 30.0, 30.0, 1.0, 0.5, 0.1, 0.3, 2.0, 0.4, 0.4, {"motion": 30.0})
+SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=2", "run.steps=2", "tracker.threads=1"]
 
 
 @pytest.fixture
-def train_to(monkeypatch):
-    """A function that sets the step at which the next training ends."""
-    steps = []
-
-    def train(config, loaded, client):
-        folder = Path(config.run.dir)
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        return types.SimpleNamespace(step=steps[-1], trained=None)
-
-    loaded = types.SimpleNamespace(greedy=None, trained=None, frozen=None)
-    light = {
-        "prepare_synthetic": lambda folder, *_, **__: folder.mkdir(parents=True, exist_ok=True),
-        "load_engine": lambda config: loaded,
-        "tracker_client": lambda config: contextlib.nullcontext(),
-        "evaluate_policy": lambda *_: (SCORES, []),
-        "ClipSource": lambda *_: None,
-        "write_report": lambda folder: folder / "report.html",
-        "train": train,
-    }
-    for name, stand_in in light.items():
-        monkeypatch.setattr(demo, name, stand_in)
-    return steps.append
+def few_clips(monkeypatch):
+    monkeypatch.setattr(demo, "TRAIN_CLIPS", 4)
+    monkeypatch.setattr(demo, "TEST_CLIPS", 1)
 
 
 def config_of(folder: Path, *overrides: str):
-    return load_config(CONFIG, [f"run.dir={folder}", *overrides])
+    return load_config(CONFIG, [f"run.dir={folder}", *SMALL, *overrides])
 
 
-def test_a_stopped_demo_has_no_summary_and_the_same_command_goes_on(train_to, tmp_path, capsys):
-    train_to(7)
-    with pytest.raises(RunFailure, match="stopped at step 7 of 100"):
+def evaluations(folder: Path) -> list[str]:
+    return [json.loads(line)["label"] for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_demo_has_no_summary_and_the_same_command_goes_on(few_clips, tmp_path, capsys):
+    metrics = tmp_path / "metrics.jsonl"
+    assert not demo.was_stopped(tmp_path, config_of(tmp_path))
+
+    def stop_after_a_step():
+        until(lambda: metrics.exists() and metrics.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop_after_a_step)
+    stopping.start()
+    with pytest.raises(RunFailure, match="the demo was stopped at step 1 of 2"):
         demo.main(config_of(tmp_path))
-    labels = [json.loads(line)["label"] for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
-    assert labels == ["base"] and not (tmp_path / "summary.json").exists()
+    stopping.join()
+    assert evaluations(tmp_path) == ["base"] and not (tmp_path / "summary.json").exists()
     assert capsys.readouterr().out == ""
-    train_to(100)
-    demo.main(config_of(tmp_path))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["steps"] == 100 and summary["seconds_since"] == "the last start"
 
-
-def test_a_demo_does_not_go_on_in_a_finished_or_another_run(train_to, tmp_path):
-    train_to(7)
-    with pytest.raises(RunFailure):
-        demo.main(config_of(tmp_path))
     with pytest.raises(InputError, match="learning_rate"):
         demo.main(config_of(tmp_path, "learner.learning_rate=0.1"))
-    train_to(100)
+
     demo.main(config_of(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["seconds_since"] == "the last start"
+    assert len(metrics.read_text().splitlines()) == 2 and (tmp_path / "report.html").stat().st_size > 10_000
+    assert evaluations(tmp_path)[-1] == "trained" and 0 < summary["trained_jf"] <= 100
+    assert capsys.readouterr().out.splitlines()[-1] == json.dumps(summary)
+
     with pytest.raises(InputError, match="already holds a run"):
         demo.main(config_of(tmp_path))
-
-
-def test_a_new_demo_counts_its_seconds_from_its_start(train_to, tmp_path):
-    train_to(100)
-    demo.main(config_of(tmp_path / "run"))
-    assert "seconds_since" not in json.loads((tmp_path / "run/summary.json").read_text())
