@@ -40,8 +40,9 @@ def main(config: Config) -> None:
         base, base_reversed = evaluate(loaded, loaded.trained, config, client, "base")
         state = train(config, loaded, client)
         done = int(state.step)
-        if done < config.run.steps:  # `train` has said that the same command goes on
-            raise RunFailure(f"the demo was stopped at step {done} of {config.run.steps}: it has no summary yet")
+        if done < config.run.steps:
+            where = f"at step {done} of {config.run.steps}"
+            raise RunFailure(f"the demo was stopped {where} and has no summary yet: the same command goes on")
         trained, trained_reversed = evaluate(loaded, state.trained, config, client, "trained")
 
     summary = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ def main(
         return load_config(configs, [*BUDGET, *table.overrides, *overrides, *more])
 
     base = configured(f"run.dir={folder}")
-    check_settings(folder, base, clips)
     scores: Scores = {cell.name: {} for cell in table.cells}
     with tracker_client(base) as client:
+        check_settings(folder, base, client.info().model, clips)
         for seed in seeds:
             data = folder / "clips" / f"seed_{seed}"  # of its own: tables may be filled at the same time
             prepare_synthetic(data, DIFFICULTY, *clips, seed=seed)
@@ -65,7 +66,8 @@ def main(
                 if not record.exists():
                     found = score_cell(cell, run, evaluated, client)
                     if found is None:
-                        return  # stopped by SIGTERM; training has said so
+                        print("revseg: stopped by SIGTERM: the same command goes on from there", file=sys.stderr)
+                        return
                     write_whole(record, json.dumps(found, indent=2) + "\n")
                 scores[cell.name][seed] = json.loads(record.read_text())
     write_results(table, folder, scores)
@@ -87,11 +89,11 @@ def score_cell(cell: Cell, run: Config, evaluated: Config, client: TrackerClient
     return {name: getattr(evaluation, name) for name in KEPT}
 
 
-def check_settings(folder: Path, config: Config, clips: tuple[int, int]) -> None:
-    """Numbers of different policies or settings must not meet in one table."""
+def check_settings(folder: Path, config: Config, tracker: str, clips: tuple[int, int]) -> None:
+    """Numbers of different policies, trackers or settings must not meet in one table. tracker: its model's name."""
     parts: dict[str, Any] = dataclasses.asdict(config)
     parts["run"] = {"steps": config.run.steps}
-    del parts["tracker"]["endpoints"]
+    parts["tracker"] = tracker
     policy = parameter_digest(nnx.state(load_policy(config.policy.path).policy))
     settings = json.loads(json.dumps(parts | {"parameters": policy, "clips": clips}))
     path = folder / "settings.json"

@@ -70,6 +70,9 @@ def main(config: Config) -> None:
         # Of several processes none has all parameters.
         known = parameter_digest(state.trained) if jax.process_count() == 1 else "spread over the processes"
     if leads():
+        if int(state.step) < config.run.steps:  # what ends it early and is no failure
+            end = f"step {int(state.step)} is saved: the same command goes on from there"
+            print(f"revseg: stopped by SIGTERM, {end}", file=sys.stderr)
         print(f"step {int(state.step)} of {config.run.steps}: parameters {known}")
 
 
@@ -223,8 +226,6 @@ def run_steps(
         run.checkpoints.save(done, state, position)
     if failure:
         raise RunFailure(f"{failure}; step {done} is saved, the same command goes on from there")
-    if agree(interruption.requested) and leads():
-        print(f"revseg: stopped by SIGTERM, step {done} is saved: the same command goes on from there", file=sys.stderr)
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from revseg_jax.rollout.loading import load_engine
 from revseg_jax.run.determinism import use_deterministic_kernels
 from revseg_jax.run.digests import STAGES
 from revseg_jax.run.folder import read_records
+from revseg_jax.run.manifest import changed_conditions, other_inputs
 from revseg_jax.train import tracker_client, train
 
 
@@ -37,8 +39,12 @@ def main(run: str, steps: int) -> None:
         if taken < steps:  # what was saved is gone with the folder
             raise RunFailure(f"stopped after {taken} of {steps} steps, nothing was compared: verify starts anew")
         difference = first_difference(recorded[:steps], read_records(Path(again) / "digests.jsonl"))
-    if difference:
-        raise RunFailure(f"{folder} does not repeat: {difference}")
+        if difference:
+            then, now = (json.loads((where / "run.json").read_text()) for where in (folder, Path(again)))
+            causes = ", ".join(other_inputs(then, now) + changed_conditions(then, now))
+            if causes:
+                difference += f"; they were taken again with {causes}"
+            raise RunFailure(f"{folder} does not repeat: {difference}")
     print(f"{folder}: {steps} steps repeat bit for bit ({', '.join(STAGES)})")
 
 

@@ -156,7 +156,13 @@ def test_verify_repeats_the_first_steps_and_names_the_first_difference(straight,
     rows = digests(folder)
     rows[0]["rewards"] = "0" * 16
     (folder / "digests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RunFailure, match="step 1, rewards"):
+    with pytest.raises(RunFailure, match="step 1, rewards$"):
+        verify.main(str(folder), 1)
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest |= {"data_fingerprints": ["0"], "versions": manifest["versions"] | {"jax": "0.1"}}
+    (folder / "run.json").write_text(json.dumps(manifest))
+    causes = f"other files in data.train, versions jax {jax.__version__} instead of 0.1"
+    with pytest.raises(RunFailure, match=f"step 1, rewards; they were taken again with {causes}$"):
         verify.main(str(folder), 1)
     with pytest.raises(InputError, match="digests.jsonl"):
         verify.main(str(tmp_path), 1)

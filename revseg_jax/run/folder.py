@@ -18,7 +18,7 @@ import numpy as np
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
-from revseg_jax.run.manifest import changed_conditions, manifest
+from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
 from revseg_jax.run.mirror import Mirror
 
@@ -88,13 +88,8 @@ class RunFolder:
         another start policy, which is also the reference, or another tracker."""
         path = self.path / "run.json"
         before = json.loads(path.read_text()) if path.exists() else {}
-        for name, where in (("data_fingerprints", "data.train"), ("policy_fingerprint", "policy.path")):
-            if before.get(name, conditions[name]) != conditions[name]:
-                raise InputError(f"{self.path} holds a run with other files in {where}: choose another run.dir")
-        trackers = [start["tracker"] for start in (before, conditions) if "tracker" in start]
-        if len({tracker["model"] for tracker in trackers}) > 1:
-            names = " and ".join(tracker["checkpoint"] for tracker in trackers)
-            raise InputError(f"{self.path} holds a run with another tracker ({names}): choose another run.dir")
+        if others := other_inputs(before, conditions):
+            raise InputError(f"{self.path} holds a run with {', '.join(others)}: choose another run.dir")
         for difference in changed_conditions(before, conditions):
             print(f"revseg: warning: the run goes on with {difference}; that may change its bits", file=sys.stderr)
         earlier = before.pop("earlier_starts", [])

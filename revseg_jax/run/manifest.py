@@ -85,6 +85,18 @@ def policy_fingerprint(folder: Path) -> str:
     return digest(parts)
 
 
+def other_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, which of the things that a run is made of, beside its config, differ between two manifests."""
+    found = []
+    for name, where in (("data_fingerprints", "data.train"), ("policy_fingerprint", "policy.path")):
+        if before.get(name, now[name]) != now[name]:
+            found.append(f"other files in {where}")
+    trackers = [content["tracker"] for content in (before, now) if "tracker" in content]
+    if len({tracker["model"] for tracker in trackers}) > 1:
+        found.append(f"another tracker ({' and '.join(tracker['checkpoint'] for tracker in trackers)})")
+    return found
+
+
 def changed_conditions(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, what is otherwise than at another start of the same run and may change its bits."""
     differences = []
