@@ -20,14 +20,14 @@ import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_policy import load_ours, random_model
-from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from torch_policy import load_ours, random_model, save_policy_folder
+from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.policy import checkpoint
 from revseg_jax.policy.checkpoint import load_policy, load_tokenizer, save_policy
-from revseg_jax.policy.config import from_hf, read_config, to_hf
+from revseg_jax.policy.config import PUBLISHED, from_hf, read_config, to_hf
 from revseg_jax.policy.embedded_tokenizer import SPECIAL_TOKENS, build_tokenizer, write_preprocessor
 from revseg_jax.policy.hf_weights import TABLE, load_weights, read_weight, save_weights, weights_of
 from revseg_jax.policy.safetensors_files import INDEX, SINGLE, open_checkpoint
@@ -305,6 +305,26 @@ def test_tied_embeddings(tmp_path):
     load_ours(tmp_path)
 
 
+def test_an_output_matrix_of_its_own_is_used_whatever_the_config_says(tmp_path):
+    """As by transformers; the saved policy says so itself."""
+    folder = save_policy_folder(random_model(21, tie_word_embeddings=True), tmp_path / "tied")
+
+    def turn(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+
+    edit_tensors(folder, turn)
+    tokens = np.arange(1, 9)[None]
+    with torch.no_grad():
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+        expected = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    policy = load_policy(folder)
+    np.testing.assert_allclose(policy.logits(input_ids=tokens), expected, atol=2e-4)
+    policy.save(tmp_path / "untied")
+    again = load_policy(tmp_path / "untied")
+    np.testing.assert_array_equal(again.logits(input_ids=tokens), policy.logits(input_ids=tokens))
+    assert not read_config(tmp_path / "untied").text.tie_word_embeddings
+
+
 # Folders
 
 
@@ -369,11 +389,19 @@ def test_wrong_folders_are_one_clear_line(broken, tmp_path):
     for change, words in (
         ({"model_type": "qwen2_vl"}, "'qwen2_vl', not 'qwen2_5_vl'"),
         ({"text_config": {**config["text_config"], "hidden_act": "relu"}}, "not supported: hidden_act='relu'"),
-        ({"vision_config": {}}, "missing vision_config.depth, vision_config.hidden_size"),
+        ({"vision_config": None, "text_config": None}, "missing vision_config.hidden_size, rope_scaling.mrope_section"),
+        ({"vision_config": {**config["vision_config"], "depth": "3"}}, "not whole numbers above 0: .*depth='3'"),
+        ({"text_config": {**config["text_config"], "num_hidden_layers": 0}}, "not whole .*num_hidden_layers=0"),
+        ({"image_token_id": 1.5}, "not whole numbers above 0: image_token_id=1.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, "not supported: quantization_config.quant_method='awq'"),
+        ({"text_config": {**config["text_config"], "head_dim": 2}}, "mrope_section .* does not add up to half of .* 2"),
     ):
         (broken / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=words):
             load_policy(broken)
+    (broken / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="model_type is .*, not 'qwen2_5_vl'"):
+        load_policy(broken)
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "chain.yaml").write_text("frames: many\n")
     with pytest.raises(InputError, match="chain.yaml: .*many"):
@@ -399,6 +427,100 @@ def test_problems_leave_the_policy_as_it_was(source, broken):
         load_weights(broken, policy)
     after = leaves(policy)
     assert all((before[path] == after[path]).all() for path in before)
+
+
+# As the 7B is published, but for what no policy reads.
+FLAT = {
+    "model_type": "qwen2_5_vl",
+    "bos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "image_token_id": 151655,
+    "intermediate_size": 18944,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "video_token_id": 151656,
+    "vision_config": {
+        "depth": 32,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "intermediate_size": 3420,
+        "model_type": "qwen2_5_vl",
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+    "vocab_size": 152064,
+}
+
+
+@pytest.mark.parametrize("size", ["3B", "7B", "32B", "72B"])
+def test_configs_that_leave_out_defaults(size):
+    """As transformers reads them: its own classes say what the defaults are."""
+    expected = PUBLISHED[f"Qwen2.5-VL-{size}-Instruct"]
+    whole = to_hf(expected)
+    assert from_hf(FLAT) == PUBLISHED["Qwen2.5-VL-7B-Instruct"]
+    defaults = Qwen2_5_VLConfig().to_dict()
+    for kind in ("text_config", "vision_config"):
+        kept = {k: v for k, v in whole[kind].items() if k not in defaults[kind] or defaults[kind][k] != v}
+        whole[kind] = kept | {"model_type": whole[kind]["model_type"]}
+    short = {key: value for key, value in whole.items() if key not in defaults or defaults[key] != value}
+    assert "depth" not in short["vision_config"] and "image_token_id" not in short
+    assert ("num_key_value_heads" in short["text_config"]) == (size in ("3B", "7B"))
+    assert from_hf(short | {"model_type": "qwen2_5_vl"}) == expected
+
+
+@pytest.mark.parametrize("root", [True, False, None])
+@pytest.mark.parametrize("nested", [True, False, None])
+def test_embeddings_are_tied_as_transformers_ties_them(root, nested):
+    raw = to_hf(PUBLISHED["Qwen2.5-VL-3B-Instruct"])
+    for part, value in ((raw, root), (raw["text_config"], nested)):
+        del part["tie_word_embeddings"]
+        if value is not None:
+            part["tie_word_embeddings"] = value
+    assert from_hf(raw).text.tie_word_embeddings == Qwen2_5_VLConfig(**raw).tie_word_embeddings
+
+
+def test_wrong_arguments_are_named(source):
+    for arguments in ({"dtype": "bf16"}, {"dtype": None}, {"param_dtype": "int8"}, {"remat": "all"}):
+        with pytest.raises(InputError, match=f"{next(iter(arguments))}=.* is not one of "):
+            load_policy(source, **arguments)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(source):
+    policy = load_policy(source)
+    size = policy.policy.config.text.vocab_size
+    for strange in (size, -100):
+        with pytest.raises(InputError, match=f"not in the vocabulary 0..{size - 1}"):
+            policy.logits(input_ids=np.array([[1, strange]]))
+        # In padding nobody reads them.
+        policy.logits(input_ids=np.array([[1, strange]]), attention_mask=np.array([[1, 0]]))
+
+
+def test_a_policy_whose_files_are_gone_is_not_saved(broken, tmp_path):
+    policy = load_policy(broken)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="lacks tokenizer.json, which the saved policy needs"):
+        policy.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_config_keys_survive_a_round_trip(source):

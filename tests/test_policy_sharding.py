@@ -21,6 +21,7 @@ import json, pathlib, sys
 import jax, numpy as np
 from flax import nnx
 from revseg_jax.config import MeshConfig
+from revseg_jax.errors import InputError
 from revseg_jax.parallel.sharding import make_placement, tree_shardings
 from revseg_jax.policy import hf_weights, load_policy
 
@@ -62,6 +63,13 @@ for name, leaf in leaves.items():
         held[name][shard.index] = shard.data
     assert sum(size for path, size in read if path == name) == np.isfinite(held[name]).sum(), name
 np.savez(f"{out}/held{process}.npz", **held)
+policy.save(out + "/saved")
+try:
+    policy.save(out + "/saved")
+except InputError as error:
+    assert "exists already" in str(error)
+else:
+    raise AssertionError("saved twice")
 """
 
 
@@ -118,6 +126,7 @@ def test_two_processes_read_only_what_their_devices_hold(tmp_path):
         np.testing.assert_array_equal(np.where(np.isfinite(first), first, second), leaf)
         if not np.isfinite(first).all():
             assert (np.isfinite(first) != np.isfinite(second)).all()
+    assert (tmp_path / "saved" / SINGLE).read_bytes() == saved_alone(load_policy(folder), tmp_path).read_bytes()
 
 
 def saved_alone(policy, folder: Path) -> Path:

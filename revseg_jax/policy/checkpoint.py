@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,18 +23,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from revseg_jax.config import AxesConfig, ChainConfig, to_yaml, yaml_fault
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.parallel.processes import agree, leads
 from revseg_jax.parallel.sharding import Placement, place
 from revseg_jax.paths import AnyPath, is_remote, local_copy, path_of, upload
 from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import from_hf, read_config, to_hf
 from revseg_jax.policy.conversation import conversation_logits
-from revseg_jax.policy.hf_weights import load_weights, save_weights
+from revseg_jax.policy.hf_weights import embeddings_differ, load_weights, save_weights
 from revseg_jax.policy.model import Policy
 from revseg_jax.policy.packing import pack
+from revseg_jax.policy.remat import POLICIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TYPES = ("float32", "bfloat16")
 REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # Everything of a published folder that is neither weights nor config.json.
 COPIED = (
@@ -126,8 +129,15 @@ def load_policy(
     `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices
     hold. attention: the implementation (see `AttentionChoice`). axes: how arrays are spread over the mesh.
     lengths: of sequences, in tokens, that `logits` compiles for; default: two an octave from 64 on.
-    Raises InputError that names what is missing or wrong in the folder.
+    Raises InputError that names what is missing or wrong in the folder, or an argument that is none of these.
     """
+    for argument, value, allowed in (
+        ("dtype", dtype, TYPES),
+        ("param_dtype", param_dtype, TYPES),
+        ("remat", remat, ("none", *POLICIES)),
+    ):
+        if value not in allowed:
+            raise InputError(f"{argument}={value!r} is not one of {', '.join(allowed)}")
     folder = resolve_folder(folder)
     if not folder.is_dir():
         raise InputError(f"policy folder {folder} does not exist")
@@ -135,6 +145,8 @@ def load_policy(
     if missing:
         raise InputError(f"policy folder {folder} lacks {', '.join(missing)}")
     config = read_config(folder)
+    if config.text.tie_word_embeddings and embeddings_differ(folder):
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
     chain = read_chain(folder)
     tokenizer = load_tokenizer(folder)
     # Abstract first: no random parameters are ever made.
@@ -188,23 +200,39 @@ def save_policy(
     source_folder ("embedded" too): where tokenizer and processor files are copied from, and config.json when it
     describes this policy. dtype: of the stored weights, default that of the parameters. The folder appears complete or
     not at all; one that exists and is not empty is an InputError. A full disk or unwritable place is a RunFailure.
+    Of several processes all must call it, and the first one writes.
     """
-    folder = path_of(folder)
-    check_new(folder)
-    if is_remote(folder):
+    folder, dtype = path_of(folder), dtype or str(policy.text.embedding.dtype)
+    source = resolve_folder(source_folder) if source_folder is not None else None
+    if problem := agree(leads() and unfit(folder, source)):
+        raise InputError(problem)
+    if not leads():
+        save_weights(policy, Path(), dtype)  # gives its parts
+    elif is_remote(folder):
         with tempfile.TemporaryDirectory() as local:
-            save_policy(policy, Path(local) / "policy", source_folder, chain, dtype)
+            write_policy(policy, Path(local) / "policy", source, chain, dtype)
             upload(Path(local) / "policy", folder, last="config.json")
-        return
-    dtype = dtype or str(policy.text.embedding.dtype)
+    else:
+        write_policy(policy, folder, source, chain, dtype)
+
+
+def unfit(folder: AnyPath, source: Path | None) -> str | None:
+    """Why a policy cannot be saved there with the files of `source`; None when it can."""
+    try:
+        check_new(folder)
+    except InputError as error:
+        return str(error)
+    missing = [name for name in REQUIRED if source is not None and not (source / name).is_file()]
+    return f"{source} lacks {', '.join(missing)}, which the saved policy needs" if missing else None
+
+
+def write_policy(policy: Policy, folder: Path, source: Path | None, chain: ChainConfig | None, dtype: str) -> None:
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        source = resolve_folder(source_folder) if source_folder is not None else None
-        if source is not None:
-            for name in COPIED:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, partial / name)
+        for name in COPIED:
+            if source is not None and (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
         (partial / "config.json").write_text(json.dumps(config_json(policy, source, dtype), indent=2) + "\n")
         if chain is not None:
             (partial / "chain.yaml").write_text(to_yaml(chain))

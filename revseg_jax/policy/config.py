@@ -69,48 +69,91 @@ class ModelConfig:
     vision_end_token_id: int
 
 
+# transformers' defaults: some of its versions wrote only what differs from these.
+TEXT_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+}
+VISION_DEFAULTS = {
+    "depth": 32,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+    "tokens_per_second": 4,
+}
+TOKEN_DEFAULTS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+
+
 def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """Reads a Hugging Face `config.json` in either published layout (flat, or with a nested `text_config`).
 
-    Raises InputError that names every missing key, or the architecture when it is not Qwen2.5-VL.
+    Keys that are absent have transformers' defaults. Raises InputError when it is not Qwen2.5-VL's, when a key without
+    a default is missing, or when a value is not one that such a model can have; all such keys are named.
     """
-    if raw.get("model_type") != "qwen2_5_vl":
-        raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'qwen2_5_vl'")
-    text_raw = {**raw, **raw.get("text_config", {})}
-    vision_raw = raw.get("vision_config", {})
-    rope = text_raw.get("rope_parameters") or text_raw.get("rope_scaling") or {}
-    wanted_text = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    wanted_vision = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size")
-    missing = [key for key in wanted_text if key not in text_raw]
-    missing += [f"vision_config.{key}" for key in wanted_vision if key not in vision_raw]
+    if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_5_vl":
+        kind = raw.get("model_type") if isinstance(raw, dict) else raw
+        raise InputError(f"{where}: model_type is {kind!r:.80}, not 'qwen2_5_vl'")
+    nested = _given(raw.get("text_config"))
+    text_raw = {**TEXT_DEFAULTS, **_given(raw), **nested}
+    vision_raw = {**VISION_DEFAULTS, **_given(raw.get("vision_config"))}
+    tokens = {**TOKEN_DEFAULTS, **_given(raw)}
+    rope = _given(text_raw.get("rope_parameters") or text_raw.get("rope_scaling"))
+    vision_rope = _given(vision_raw.get("rope_parameters"))
+    missing = [] if "hidden_size" in vision_raw else ["vision_config.hidden_size"]
     missing += [] if "mrope_section" in rope else ["rope_scaling.mrope_section"]
-    missing += [key for key in ("image_token_id", "video_token_id") if key not in raw]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}")
     supported = {
         "hidden_act": (text_raw.get("hidden_act", "silu"), ("silu",)),
         "vision_config.hidden_act": (vision_raw.get("hidden_act", "silu"), ("silu",)),
-        "use_sliding_window": (text_raw.get("use_sliding_window", False), (False, None)),
+        "use_sliding_window": (text_raw.get("use_sliding_window", False), (False,)),
         "rope type": (rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
-        "vision rope_theta": (vision_raw.get("rope_parameters", {}).get("rope_theta", 10000.0), (10000.0,)),
+        "vision rope_theta": (vision_rope.get("rope_theta", 10000.0), (10000.0,)),
+        "quantization_config.quant_method": (_given(raw.get("quantization_config")).get("quant_method"), (None,)),
     }
     unsupported = [f"{key}={value!r}" for key, (value, allowed) in supported.items() if value not in allowed]
     if unsupported:
         raise InputError(f"{where}: not supported: {', '.join(unsupported)}")
-    heads = text_raw["num_attention_heads"]
+    sizes = [(key, text_raw[key]) for key in TEXT_DEFAULTS if key not in ("rms_norm_eps", "rope_theta")]
+    sizes += [(f"vision_config.{key}", vision_raw[key]) for key in ("hidden_size", *VISION_DEFAULTS)]
+    sizes.remove(("vision_config.tokens_per_second", vision_raw["tokens_per_second"]))  # any number will do
+    sizes += [(key, tokens[key]) for key in TOKEN_DEFAULTS]
+    wrong = [f"{key}={value!r}" for key, value in sizes if not _is_count(value)]
+    if wrong:
+        raise InputError(f"{where}: not whole numbers above 0: {', '.join(wrong)}")
+    heads, sections = text_raw["num_attention_heads"], tuple(rope["mrope_section"])
+    head_dim = text_raw.get("head_dim") or text_raw["hidden_size"] // heads
+    if 2 * sum(sections) != head_dim:
+        raise InputError(f"{where}: mrope_section {list(sections)} does not add up to half of a head's {head_dim}")
     text = TextConfig(
         vocab_size=text_raw["vocab_size"],
         hidden_size=text_raw["hidden_size"],
         intermediate_size=text_raw["intermediate_size"],
         num_layers=text_raw["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=text_raw.get("num_key_value_heads", heads),
-        head_dim=text_raw.get("head_dim") or text_raw["hidden_size"] // heads,
-        rope_theta=float(rope.get("rope_theta", text_raw.get("rope_theta", 1_000_000.0))),
-        mrope_section=tuple(rope["mrope_section"]),
-        rms_norm_eps=text_raw.get("rms_norm_eps", 1e-5),
-        # The top level decides: published nested configs repeat the key inside text_config with another value.
-        tie_word_embeddings=raw.get("tie_word_embeddings", text_raw.get("tie_word_embeddings", False)),
+        num_kv_heads=text_raw["num_key_value_heads"],
+        head_dim=head_dim,
+        rope_theta=float(rope.get("rope_theta", text_raw["rope_theta"])),
+        mrope_section=sections,
+        rms_norm_eps=text_raw["rms_norm_eps"],
+        # As in transformers: versions before 5 wrote it into text_config, and false beside it.
+        tie_word_embeddings=any(part.get("tie_word_embeddings", False) for part in (raw, nested)),
     )
     vision = VisionConfig(
         depth=vision_raw["depth"],
@@ -119,21 +162,26 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
         num_heads=vision_raw["num_heads"],
         out_hidden_size=vision_raw["out_hidden_size"],
         patch_size=vision_raw["patch_size"],
-        temporal_patch_size=vision_raw.get("temporal_patch_size", 2),
-        spatial_merge_size=vision_raw.get("spatial_merge_size", 2),
-        window_size=vision_raw.get("window_size", 112),
-        fullatt_block_indexes=tuple(vision_raw.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        tokens_per_second=vision_raw.get("tokens_per_second", 4),
+        temporal_patch_size=vision_raw["temporal_patch_size"],
+        spatial_merge_size=vision_raw["spatial_merge_size"],
+        window_size=vision_raw["window_size"],
+        fullatt_block_indexes=tuple(vision_raw["fullatt_block_indexes"]),
+        tokens_per_second=vision_raw["tokens_per_second"],
         in_channels=vision_raw.get("in_channels", vision_raw.get("in_chans", 3)),
     )
-    return ModelConfig(
-        vision=vision,
-        text=text,
-        image_token_id=raw["image_token_id"],
-        video_token_id=raw["video_token_id"],
-        vision_start_token_id=raw.get("vision_start_token_id", 151652),
-        vision_end_token_id=raw.get("vision_end_token_id", 151653),
-    )
+    return ModelConfig(vision, text, **{key: tokens[key] for key in TOKEN_DEFAULTS})
+
+
+def _given(part: dict[str, Any] | None) -> dict[str, Any]:
+    """Without the keys that are null: they have their defaults."""
+    return {key: value for key, value in (part or {}).items() if value is not None}
+
+
+def _is_count(value: Any) -> bool:
+    """A whole number above 0, or several of them, 0 among them (numbers of layers)."""
+    if isinstance(value, list | tuple):
+        return all(type(each) is int and each >= 0 for each in value)
+    return type(value) is int and value > 0
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -159,6 +207,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             "hidden_act": "silu",
             "use_sliding_window": False,
             "tie_word_embeddings": text.tie_word_embeddings,
+            "bos_token_id": None,  # transformers would fill in the published sizes', which may not exist here
+            "eos_token_id": None,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": text.rope_theta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from revseg_jax.errors import InputError
+from revseg_jax.parallel.processes import leads
 from revseg_jax.parallel.sharding import Placement, parameter_spec
 from revseg_jax.policy.model import Policy
 from revseg_jax.policy.safetensors_files import SHARD_BYTES, StoredTensor, open_checkpoint, write_checkpoint
 
-COPY_BYTES = 256 << 20  # of a tensor that is mapped at a time while it is read
+COPY_BYTES = 2 << 20  # of a tensor that is copied at a time: what is turned stays in the processor's caches
 
 # Published tensor name ("{}": layer number) -> path in the policy, and how many leading axes of our kernel are inputs.
 # A kernel [inputs..., outputs...] is stored as [outputs, inputs], flattened. 0 inputs: the elements keep their order.
@@ -133,7 +136,7 @@ def read_weight(
 
 
 def copy_tensor(weight: Weight, tensor: StoredTensor, index: tuple[slice, ...], out: np.ndarray) -> None:
-    """Fills `out` with a part of one layer, mapping some of the file at a time: what is mapped counts as memory."""
+    """Fills `out` with a part of one layer, some of the file at a time: what is mapped counts as memory, too."""
     axis = weight.inputs  # the outermost one of the file
     step = max(1, COPY_BYTES * out.shape[axis] // out.nbytes)
     for begin in range(0, out.shape[axis], step):
@@ -197,18 +200,44 @@ def load_weights(
 
 
 def save_weights(policy: Policy, folder: str | Path, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the policy's parameters into an existing folder under the published names, as `dtype`."""
+    """Writes the policy's parameters into an existing folder under the published names, as `dtype`.
+
+    Of several processes all must call it, and the first one writes.
+    """
     weights = weights_of(policy)
     state = dict(nnx.to_flat_state(nnx.state(policy, nnx.Param)))
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for weight in weights:
-            host = np.asarray(jax.device_get(state[weight.path][...]))
+            host = fetch(state[weight.path][...])
             for name, array in zip(weight.names, host if weight.stacked else [host], strict=True):
                 yield name, to_stored(weight, array)
 
+    if not leads():
+        deque(arrays(), maxlen=0)  # the first process needs the others' parts
+        return
     shapes = {name: weight.stored_shape for weight in weights for name in weight.names}
     write_checkpoint(Path(folder), shapes, np.dtype(jnp.dtype(dtype)), arrays(), shard_bytes)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """All of it, in every process of a run."""
+    if array.is_fully_addressable:
+        return np.asarray(jax.device_get(array))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def embeddings_differ(folder: Path) -> bool:
+    """Whether files hold an output matrix of their own beside the embeddings: then these are not tied, whatever the
+    config says, as in transformers."""
+    stored, problems = open_checkpoint(folder)
+    tensors = {published_name(name): tensor for name, tensor in stored.items()}
+    first, second = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if problems or not first or not second or first.shape != second.shape:
+        return False
+    rows = max(1, COPY_BYTES // math.prod(first.shape[1:]) // first.dtype.itemsize)
+    starts = range(0, first.shape[0], rows)
+    return any((first.array()[n : n + rows] != second.array()[n : n + rows]).any() for n in starts)
 
 
 def published_name(name: str) -> str:

@@ -90,6 +90,9 @@ def pack(
     mask = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if tokens.ndim != 2 or mask.shape != tokens.shape:
         raise InputError(f"input_ids {tokens.shape} and attention_mask {mask.shape} must both be [batch, length]")
+    if mask.any() and not 0 <= tokens[mask].min() <= tokens[mask].max() < config.text.vocab_size:
+        strange = [int(extreme) for extreme in (tokens[mask].min(), tokens[mask].max())]
+        raise InputError(f"input_ids lie in {strange}, not in the vocabulary 0..{config.text.vocab_size - 1}")
     images = read_grids(config.vision, pixel_values, image_grid_thw, "image")
     videos = read_grids(config.vision, pixel_values_videos, video_grid_thw, "video")
     seconds = [1.0] * len(videos) if second_per_grid_ts is None else [float(s) for s in np.ravel(second_per_grid_ts)]
@@ -167,7 +170,7 @@ def visuals_in_order(
             raise InputError(f"input_ids show more {name}s than {name}_grid_thw has rows")
         count = grid[0] * grid[1] * grid[2] // config.vision.spatial_merge_size**2
         if (tokens[index : index + count] != kind).any() or index + count > len(tokens):
-            raise InputError(f"a {name} of grid {'x'.join(map(str, grid))} needs {count} {name} tokens in one block")
+            raise InputError(f"the {name} of grid {'x'.join(map(str, grid))} needs {count} {name} tokens in one block")
         grids.append(grid)
         kinds.append(kind)
         index += count

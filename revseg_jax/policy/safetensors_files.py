@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +42,9 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, StoredTensor | None], list[
     None stands for a tensor that the index places in a file that is missing or unreadable.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists():
+    if single.is_file():
         return open_file(single)
-    if not index.exists():
+    if not index.is_file():
         return {}, [f"there is neither {SINGLE} nor {INDEX}"]
     try:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
@@ -53,7 +54,7 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, StoredTensor | None], list[
     tensors: dict[str, StoredTensor | None] = {}
     problems: list[str] = []
     for file_name, path in paths.items():
-        found, wrong = open_file(path) if path.exists() else ({}, [f"{file_name} is missing"])
+        found, wrong = open_file(path) if path.is_file() else ({}, [f"{file_name} is missing"])
         problems += wrong + [f"{name} is stored twice" for name in found if name in tensors]
         tensors |= found
         if not found:
@@ -61,8 +62,9 @@ def open_checkpoint(folder: Path) -> tuple[dict[str, StoredTensor | None], list[
     return tensors, problems
 
 
-def open_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Tensors of one file by name, and a list of what is wrong. Those of a truncated file must not be read."""
+def open_file(path: Path) -> tuple[dict[str, StoredTensor | None], list[str]]:
+    """Tensors of one file by name, None for one of an unknown type, and a list of what is wrong. Those of a truncated
+    file must not be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
@@ -71,7 +73,7 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         try:
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
-            entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+            entries = [(name, str(e["dtype"]), *_place(e)) for name, e in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError):
             return {}, [f"{path.name} is not a safetensors file"]
     start = 8 + header_size
@@ -79,15 +81,24 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     problems = []
     if start + data_size > size:
         problems.append(f"{path.name} is truncated: {size} bytes of {start + data_size}")
-    tensors = {}
+    tensors: dict[str, StoredTensor | None] = {}
     for name, code, shape, begin, end in entries:
         if code not in DTYPES:
             problems.append(f"{name} has type {code}, not one of {', '.join(DTYPES)}")
+            tensors[name] = None
             continue
         if end - begin != DTYPES[code].itemsize * math.prod(shape):
             problems.append(f"{name} has {end - begin} bytes for shape {list(shape)}")
         tensors[name] = StoredTensor(path, DTYPES[code], shape, start + begin)
     return tensors, problems
+
+
+def _place(entry: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
+    """Shape, begin and end of the data. Raises TypeError, KeyError or ValueError when they are none."""
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError("a size is not a whole number")
+    return shape, begin, end
 
 
 def write_checkpoint(
