@@ -38,7 +38,7 @@ from revseg_jax.learner.forward import token_logprobs
 from revseg_jax.learner.losses import policy_losses, token_weights
 from revseg_jax.policy.config import read_config
 from revseg_jax.policy.hf_weights import load_weights
-from revseg_jax.policy.model import Policy
+from revseg_jax.policy.model import Policy, PrefixTokens
 from revseg_jax.policy.text import empty_suffix_cache
 from revseg_jax.rollout.sampling import SamplingConfig, decode_answer, rollout_keys
 
@@ -92,10 +92,10 @@ class Ours:
         self.keys = rollout_keys(0, 0, np.arange(len(prompts)), group)
         self.rollout_program = jax.jit(self._rollout)
 
-    def _prefill(self, policy: Policy):
+    def _before(self) -> PrefixTokens:
         prompts, length = self.prefix.shape
         positions = jnp.broadcast_to(jnp.arange(length), (3, prompts, length))
-        return policy.prefill(self.prefix, positions, jnp.ones((prompts, length), bool), None)
+        return PrefixTokens(self.prefix, positions, jnp.ones((prompts, length), bool), None)
 
     def _rollout(self, params: Any) -> tuple[jax.Array, jax.Array]:
         """Suffix tokens [B, G, 1 + answer] and their log-probabilities."""
@@ -104,7 +104,16 @@ class Ours:
         cache = empty_suffix_cache(self.text, *self.last.shape, slots, jnp.float32)
         start, alive = jnp.full(self.last.shape, self.prefix.shape[1]), jnp.ones(self.last.shape, bool)
         tokens, logprobs, _, _ = decode_answer(
-            policy, self._prefill(policy).cache(), cache, self.last, start, alive, self.keys, 0, self.answer, NEVER
+            policy,
+            policy.prefill(self._before()).cache(),
+            cache,
+            self.last,
+            start,
+            alive,
+            self.keys,
+            0,
+            self.answer,
+            NEVER,
         )
         return jnp.concatenate([self.last[..., None], tokens], -1), jnp.pad(logprobs, ((0, 0), (0, 0), (1, 0)))
 
@@ -117,7 +126,7 @@ class Ours:
         def loss(params):
             policy = nnx.merge(self.graphdef, params)
             positions = jnp.broadcast_to(self.prefix.shape[1] + jnp.arange(tokens.shape[-1]), (3, *tokens.shape))
-            hidden = policy.suffix_hidden(self._prefill(policy), tokens, positions, jnp.ones(tokens.shape, bool))
+            hidden = policy.suffix_hidden(self._before(), tokens, positions, jnp.ones(tokens.shape, bool))
             logprobs, entropy = token_logprobs(policy, hidden, tokens, np.arange(1, tokens.shape[-1]), 512)
             advantages = jnp.ones(tokens.shape)
             losses, _ = policy_losses(config, logprobs, entropy, old, old, None, advantages, generated)

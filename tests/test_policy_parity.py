@@ -36,7 +36,7 @@ from revseg_jax.policy.attention import AttentionChoice
 from revseg_jax.policy.config import TextConfig, VisionConfig
 from revseg_jax.policy.embedded_tokenizer import write_preprocessor
 from revseg_jax.policy.hf_weights import published_name, to_stored, weights_of
-from revseg_jax.policy.model import Policy, chunked_logprobs
+from revseg_jax.policy.model import Policy, PrefixTokens, chunked_logprobs
 from revseg_jax.policy.preprocess import patchify
 from revseg_jax.policy.rope import decoder_rotation, sequence_positions
 from revseg_jax.policy.text import Prefix, empty_suffix_cache
@@ -175,9 +175,8 @@ def test_decoding_token_by_token_equals_the_whole_forward(first_pair, platform, 
     _, policy = first_pair
     arrays = rollout_batch(policy, np.random.default_rng(3)).arrays
     whole = quick_jit(shared_prefix_hidden)(policy, arrays)
-    prefix = quick_jit(Policy.prefill)(
-        policy, *(arrays[f"prefix_{key}"] for key in ("tokens", "positions", "mask", "video"))
-    ).cache()
+    before = PrefixTokens(*(arrays[f"prefix_{key}"] for key in ("tokens", "positions", "mask", "video")))
+    prefix = quick_jit(Policy.prefill)(policy, before).cache()
     x = policy.embed(arrays["tokens"], arrays["image"])
     prompts, groups, slots = arrays["mask"].shape
     cache = empty_suffix_cache(policy.config.text, prompts, groups, slots, jnp.float32)
@@ -330,7 +329,7 @@ def test_shared_prefix_gradients_equal_separate_sequences_in_float64(tmp_path):
 
 
 def shared_prefix_hidden(policy: Policy, arrays: dict) -> jax.Array:
-    prefix = policy.prefill(*(arrays[f"prefix_{key}"] for key in ("tokens", "positions", "mask", "video")))
+    prefix = PrefixTokens(*(arrays[f"prefix_{key}"] for key in ("tokens", "positions", "mask", "video")))
     return policy.suffix_hidden(prefix, *(arrays[key] for key in ("tokens", "positions", "mask", "image")))
 
 

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from revseg_jax.policy.model import Policy, chunked_logprobs
+from revseg_jax.policy.model import Policy, PrefixTokens, chunked_logprobs
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.keyframes import encode_keyframes
 
 
 def suffix_hidden(policy: Policy, batch: RolloutBatch) -> jax.Array:
     """Final-normed hidden [B, G, S, width] of every suffix slot; video and prompt are read once a group."""
-    video = policy.encode(batch.frames)
-    prefix = policy.prefill(batch.prefix_tokens, jnp.moveaxis(batch.prefix_positions, 1, 0), batch.prefix_mask, video)
+    positions = jnp.moveaxis(batch.prefix_positions, 1, 0)
+    prefix = PrefixTokens(batch.prefix_tokens, positions, batch.prefix_mask, policy.encode(batch.frames))
     images = encode_keyframes(policy, batch.keyframes, batch.keyframe_index)
     return policy.suffix_hidden(prefix, batch.tokens, jnp.moveaxis(batch.positions, 2, 0), batch.mask, images)
 

@@ -37,7 +37,7 @@ from revseg_jax.policy.remat import POLICIES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TYPES = ("float32", "bfloat16")
+TYPES = ("float32", "bfloat16", "float64")
 REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # Everything of a published folder that is neither weights nor config.json.
 COPIED = (
@@ -125,7 +125,7 @@ def load_policy(
 ) -> LoadedPolicy:
     """Loads a checkpoint folder in Hugging Face layout, or "embedded".
 
-    dtype: of the activations; param_dtype: of the parameters; both "float32" or "bfloat16". remat: a name of
+    dtype: of the activations; param_dtype: of the parameters; both of `TYPES` (float64 needs JAX's x64). remat: a name of
     `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices
     hold. attention: the implementation (see `AttentionChoice`). axes: how arrays are spread over the mesh.
     lengths: of sequences, in tokens, that `logits` compiles for; default: two an octave from 64 on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,22 @@ from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.preprocess import patchify
 from revseg_jax.policy.text import Decoder, Prefix
 from revseg_jax.policy.vision import VisionTower
+
+
+class PrefixTokens(NamedTuple):
+    """What stands before the answers of a prompt's rollouts.
+
+    Attributes:
+      tokens: int32 [B, P], padding after the real ones
+      positions: int32 [3, B, P]
+      mask: bool [B, P], False for padding
+      features: [B, V, hidden] of the video; None without one
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    features: jax.Array | None
 
 
 class Policy(nnx.Module):
@@ -68,24 +85,21 @@ class Policy(nnx.Module):
         placed = jax.vmap(lambda feature, index: feature[index])(rows, order.reshape(len(rows), -1)).reshape(x.shape)
         return jnp.where(visual[..., None], placed, x)
 
-    def prefill(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, features: jax.Array) -> Prefix:
-        """Keys and values of the shared prefixes.
-
-        tokens int32 [B, P] with padding where mask bool [B, P] is False, which is after the real ones; positions int32
-        [3, B, P]; features [B, V, hidden] of the video.
-        """
-        _, keys, values = self.prefix_forward(tokens, positions, features)
-        return Prefix(keys, values, mask)
+    def prefill(self, prefix: PrefixTokens) -> Prefix:
+        """Keys and values of the shared prefixes."""
+        _, keys, values = self.prefix_forward(prefix.tokens, prefix.positions, prefix.features)
+        return Prefix(keys, values, prefix.mask)
 
     def prefix_forward(
         self, tokens: jax.Array, positions: jax.Array, features: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `prefill`, with the final-normed hidden [B, P, width] first; keys and values are [layers, B, P, ...]."""
+        """Final-normed hidden [B, P, width] of whole sequences, and keys and values [layers, B, P, ...]. Arguments as
+        in `PrefixTokens`."""
         return self.text.prefill(self.embed(tokens, features), positions, remat=self.remat)
 
     def suffix_hidden(
         self,
-        prefix: Prefix,
+        prefix: PrefixTokens,
         tokens: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
@@ -93,9 +107,8 @@ class Policy(nnx.Module):
     ) -> jax.Array:
         """Final-normed hidden [B, G, S, width] of whole suffixes: tokens int32 [B, G, S], positions int32 [3, B, G, S],
         mask bool [B, G, S] (False: padding slots, which nobody sees), features [B, G, K, width] of the keyframes."""
-        x = self.embed(tokens, features)
-        hidden, _, _ = self.text(x, positions, mask, prefix, remat=self.remat)
-        return hidden
+        shared = self.embed(prefix.tokens, prefix.features), prefix.positions, prefix.mask
+        return self.text(shared, self.embed(tokens, features), positions, mask, remat=self.remat)
 
 
 def chunked_logprobs(

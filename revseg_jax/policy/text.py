@@ -127,43 +127,62 @@ class Decoder(nnx.Module):
         Returns the final-normed hidden [B, P, width] and keys, values [layers, B, P, key_heads, head_dim].
         """
 
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array, _: None) -> jax.Array:
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return attention(query, key, value, None, causal=True, choice=self.attention)[0]
 
-        return self._run_layers(x, positions, attend, None, remat)
+        x, (keys, values) = self._run_layers(x, positions, attend, remat)
+        return self.norm(x), keys, values
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, real: jax.Array, prefix: Prefix, remat: str = "none"
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Runs whole suffixes at once.
+        self,
+        prefix: tuple[jax.Array, jax.Array, jax.Array],
+        x: jax.Array,
+        positions: jax.Array,
+        real: jax.Array,
+        remat: str = "none",
+    ) -> jax.Array:
+        """Runs prefixes and their whole suffixes at once, layer by layer: all that depends on a layer's parameters is
+        one product, so these are gathered, and their gradients summed, once.
 
+        prefix: x [B, P, width], positions int32 [3, B, P] and mask bool [B, P], padding after the real tokens.
         x [B, G, S, width]; positions int32 [3, B, G, S]; real bool [B, G, S]: a token sees the prefix and the real
         slots up to its own.
-        Returns the final-normed hidden [B, G, S, width] and keys, values [layers, B, G, S, key_heads, head_dim].
+        Returns the final-normed hidden [B, G, S, width] of the suffixes.
         """
+        prefix_x, prefix_positions, prefix_mask = prefix
+        shape, length = x.shape[:3], prefix_x.shape[1]
 
-        def attend(query: jax.Array, key: jax.Array, value: jax.Array, shared: tuple) -> jax.Array:
-            return suffix_attention(query, key, value, real, (*shared, prefix.mask), self.attention)
+        def apart(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return rows[:, :length], rows[:, length:].reshape(*shape, *rows.shape[2:])
 
-        return self._run_layers(x, positions, attend, (prefix.key, prefix.value), remat)
+        def together(shared: jax.Array, own: jax.Array) -> jax.Array:
+            return jnp.concatenate([shared, own.reshape(shape[0], -1, *own.shape[3:])], 1)
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            (shared_query, query), (shared_key, key), (shared_value, value) = map(apart, (query, key, value))
+            shared = attention(shared_query, shared_key, shared_value, None, causal=True, choice=self.attention)[0]
+            known = shared_key, shared_value, prefix_mask
+            return together(shared, suffix_attention(query, key, value, real, known, self.attention))
+
+        joined = jnp.concatenate([prefix_positions, positions.reshape(3, shape[0], -1)], -1)
+        x, _ = self._run_layers(together(prefix_x, x), joined, attend, remat)
+        return self.norm(apart(x)[1])
 
     def _run_layers(
-        self, x: jax.Array, positions: jax.Array, attend: Callable, shared: tuple | None, remat: str
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, P, width] or [B, G, S, width]. `attend(query, key, value, its part of shared)` mixes the values;
-        `shared` has a leading axis of layers."""
+        self, x: jax.Array, positions: jax.Array, attend: Callable, remat: str
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x [B, L, width], positions [3, B, L]; `attend(query, key, value)` mixes the values of all L slots. Returns x
+        and the layers' keys, values."""
         cos, sin = decoder_rotation(self.config, positions, x.dtype)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            state, shared_layer = inputs
+        def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             module = nnx.merge(graphdef, state)
             x = constrain(self.attention.placement, x, "prompts")
             query, key, value = module.project(x, cos, sin)
-            return module.finish(x, attend(query, key, value, shared_layer)), (key, value)
+            return module.finish(x, attend(query, key, value)), (key, value)
 
-        x, (keys, values) = jax.lax.scan(rematerialised(layer, remat), x, (stacked, shared))
-        return self.norm(x), keys, values
+        return jax.lax.scan(rematerialised(layer, remat), x, stacked)
 
     def layer_inputs(self, prefix: PrefixCache) -> tuple | list[tuple]:
         """What `extend` reads in each layer: its index, parameters, and part of the prefix; stacked, to scan over.

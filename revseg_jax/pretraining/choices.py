@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from revseg_jax.data.frames import resize_square
-from revseg_jax.policy.model import Policy, chunked_logprobs
+from revseg_jax.policy.model import Policy, PrefixTokens, chunked_logprobs
 from revseg_jax.pretraining.examples import ExampleMaker
 from revseg_jax.pretraining.primitives import Conversation, Turn, View, biggest_turn, keyframe_answer
 
@@ -90,13 +90,13 @@ def share_right(
         """[B, choices]: the logarithm of each answer's probability."""
         policy, count = nnx.merge(graphdef, params), len(frames)
         length, prefix = len(maker.prefix_tokens), jnp.asarray(maker.prefix_tokens)
-        cache = policy.prefill(
+        before = PrefixTokens(
             jnp.broadcast_to(prefix, (count, length)),
             jnp.broadcast_to(jnp.asarray(maker.prefix_positions)[:, None], (3, count, length)),
             jnp.ones((count, length), bool),
             policy.encode(frames),
         )
-        hidden = policy.suffix_hidden(cache, tokens, jnp.moveaxis(positions, 2, 0), mask)
+        hidden = policy.suffix_hidden(before, tokens, jnp.moveaxis(positions, 2, 0), mask)
         logprobs, _ = chunked_logprobs(policy, hidden[:, :, :-1], tokens[:, :, 1:], 2048)
         return (logprobs * (trained[:, :, 1:] > 0)).sum(-1)
 

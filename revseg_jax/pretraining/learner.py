@@ -12,7 +12,7 @@ from revseg_jax.data.synthetic.queries import TEMPLATES
 from revseg_jax.policy.attention_plain import shared_prefix_attention
 from revseg_jax.policy.config import ModelConfig
 from revseg_jax.policy.layers import Linear
-from revseg_jax.policy.model import Policy, chunked_logprobs
+from revseg_jax.policy.model import Policy, PrefixTokens, chunked_logprobs
 from revseg_jax.policy.rope import decoder_rotation
 from revseg_jax.policy.text import Decoder, Prefix
 from revseg_jax.pretraining.examples import PATCH_CLASSES
@@ -99,12 +99,13 @@ def conversation_loss(
     features = {"image": policy.encode(batch["images"].reshape(prompts * images, *batch["images"].shape[2:]))}
     if "frames" in batch:
         features["video"] = policy.encode(batch["frames"])
-    prefix = policy.prefill(
+    before = PrefixTokens(
         jnp.broadcast_to(prefix_tokens, (prompts, length)),
         jnp.broadcast_to(prefix_positions[:, None], (3, prompts, length)),
         jnp.ones((prompts, length), bool),
         features.get("video"),
     )
+    prefix = policy.prefill(before)
     shown = features["image"].reshape(prompts, images, *features["image"].shape[1:])
     x = policy.embed(tokens, jnp.pad(shown, ((0, 0), (0, suffixes - images), (0, 0), (0, 0))))
     visible = jnp.tril(jnp.ones((slots, slots), bool)) & batch["mask"][:, :, None, :]

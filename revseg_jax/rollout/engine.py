@@ -18,7 +18,7 @@ from revseg_jax.chain.parsing import Turn1, Turn2, parse_one_turn, parse_turn1, 
 from revseg_jax.data.frames import decode_frame, resize_square
 from revseg_jax.parallel.rows import own_rows, place_rows
 from revseg_jax.parallel.sharding import Placement, constrain, tree_shardings
-from revseg_jax.policy.model import Policy
+from revseg_jax.policy.model import Policy, PrefixTokens
 from revseg_jax.policy.rope import decoder_rotation
 from revseg_jax.policy.text import PrefixCache, SuffixCache, empty_suffix_cache
 from revseg_jax.rollout.batch import RolloutBatch
@@ -253,7 +253,7 @@ def _cast(dtype: jnp.dtype, shardings: tuple[NamedSharding, ...], arrays: list[j
 @partial(jax.jit, static_argnums=0)
 def read_prefix(graphdef, params, frames, tokens, positions, mask) -> PrefixCache:
     policy = nnx.merge(graphdef, *params)
-    cache = policy.prefill(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames)).cache()
+    cache = policy.prefill(PrefixTokens(tokens, jnp.moveaxis(positions, 1, 0), mask, policy.encode(frames))).cache()
     return cache._replace(key=_cached(policy, cache.key), value=_cached(policy, cache.value))
 
 
