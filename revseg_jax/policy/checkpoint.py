@@ -126,8 +126,8 @@ def load_policy(
     """Loads a checkpoint folder in Hugging Face layout, or "embedded".
 
     dtype: of the activations; param_dtype: of the parameters; both of `TYPES`, float64 under JAX's x64. remat: a name
-    of `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its devices
-    hold. attention: the implementation (see `AttentionChoice`). axes: how arrays are spread over the mesh.
+    of `revseg_jax.policy.remat`. mesh: of `revseg_jax.parallel.mesh.make_mesh`; every process reads only what its
+    devices hold. attention: the implementation (see `AttentionChoice`). axes: how arrays are spread over the mesh.
     lengths: of sequences, in tokens, that `logits` compiles for; default: two an octave from 64 on.
     Raises InputError that names what is missing or wrong in the folder, or an argument that is none of these.
     """
