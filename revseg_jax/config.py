@@ -124,7 +124,8 @@ class RewardsConfig:
     spatial_kind: str = "threshold"  # threshold (IoU > 0.5) | iou
     mask_kind: str = "j"  # j | jf
     mask_frames: int = 0  # of the shown ones, evenly spread, on which masks are compared; 0 means all
-    overlong_tokens: int = 0  # an answer loses reward over the last this many tokens of its limit (DAPO); 0 means off
+    # An answer loses reward over the last this many tokens of its limit, at most over the last fifth (DAPO); 0: off.
+    overlong_tokens: int = 0
     overlong_penalty: float = 1.0  # what an answer that reaches its limit loses
 
 
@@ -144,7 +145,8 @@ class PPOConfig:
 @dataclass(frozen=True)
 class LearnerConfig:
     algorithm: str = "grpo"  # grpo | ppo
-    advantage: str = "grpo"  # grpo: (r - mean) / std of the group | dr_grpo: r - mean | rloo: r - mean of the others
+    # grpo: (r - mean) / std of the group, the std without the KL | dr_grpo: r - mean | rloo: r - mean of the others
+    advantage: str = "grpo"
     credit: str = "trajectory"  # trajectory: all tokens share the total | turn: each turn its rewards from there on
     aggregation: str = "sequence_mean"  # of token losses: sequence_mean | token_mean | constant (the token limits)
     ratio: str = "token"  # token | sequence (GSPO: the geometric mean of a rollout's token ratios)
@@ -154,7 +156,7 @@ class LearnerConfig:
     warmup_steps: int = 0  # optimiser steps, the first at a rate of 0
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
-    clip_low: float = 0.2  # the ratio is 1 on-policy, so the clip only matters with several epochs
+    clip_low: float = 0.2  # the ratio is 1 on-policy: clips matter with several epochs or minibatches
     clip_high: float = 0.2
     dual_clip: float = 0.0  # limit of the ratio where the advantage is negative, above 1; 0 means off
     importance_cap: float = 0.0  # truncated importance sampling between sampler and trainer; 0 trusts the sampler
@@ -163,7 +165,7 @@ class LearnerConfig:
     kl_coefficient: float = 1e-3
     reference: str = "device"  # device: the start policy itself | bfloat16: a copy | host: a copy in host memory
     entropy_coefficient: float = 0.0  # of the entropy bonus
-    prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a step at once
+    prompts_per_microbatch: int = 0  # gradient accumulation by groups; 0 means all of a minibatch at once
     logprob_chunk: int = 512  # token positions of a device whose logits exist at a time; the head is gathered for each
     freeze_vision: bool = False  # not stated in the paper
     max_bad_steps: int = 5  # steps in a row with a loss or gradient that is not finite before the run stops
@@ -368,10 +370,10 @@ def check_learner(config: Config) -> None:
             raise InputError(f"learner.ppo.{key}={value} must lie between 0 and 1")
     if learner.dual_clip and learner.dual_clip <= 1:
         raise InputError(f"learner.dual_clip={learner.dual_clip} must be above 1, or 0 for none")
-    shortest = min(config.chain.turn1_tokens, config.chain.turn2_tokens)
+    shortest = min((config.chain.turn1_tokens, config.chain.turn2_tokens)[: config.chain.turns])
     if rewards.overlong_tokens > shortest:
         raise InputError(
-            f"rewards.overlong_tokens={rewards.overlong_tokens} must not be above the shorter answer limit {shortest}"
+            f"rewards.overlong_tokens={rewards.overlong_tokens} must not be above the shortest answer limit {shortest}"
         )
     if learner.algorithm == "grpo" and config.rollout.group_size < 2:
         raise InputError("rollout.group_size=1: grpo compares the rollouts of a group and needs at least 2")

@@ -227,6 +227,13 @@ def test_impossible_settings_are_refused(overrides):
     assert len(str(stop.value).splitlines()) == 1
 
 
+def test_the_only_answer_alone_bounds_the_overlong_penalty():
+    options = ["run.dir=somewhere", "chain.turns=1", "rewards.overlong_tokens=40"]
+    assert load_config(DEMO, options).rewards.overlong_tokens == 40  # of 46; a second answer would have 30
+    with pytest.raises(InputError, match="rewards.overlong_tokens=47 .* limit 46"):
+        load_config(DEMO, [*options, "rewards.overlong_tokens=47"])
+
+
 PRESETS = ("paper_text", "paper_curves", "dapo", "dr_grpo", "gspo", "ppo")
 
 

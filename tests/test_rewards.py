@@ -219,12 +219,13 @@ def test_overlong_penalty_by_hand() -> None:
 def test_each_turn_pays_for_its_own_length() -> None:
     config, chain = (
         replace(TOTAL, overlong_tokens=10, overlong_penalty=0.5),
-        ChainConfig(turn1_tokens=40, turn2_tokens=20),
+        ChainConfig(turn1_tokens=40, turn2_tokens=100),
     )
-    rollout = Rollout("", "", GOOD1, GOOD2, (0, 0, 20, 10), True, tokens1=35, tokens2=20)
+    rollout = Rollout("", "", GOOD1, GOOD2, (0, 0, 20, 10), True, tokens1=38, tokens2=95)
     penalties = overlong_penalties(config, chain, rollout)
-    assert penalties == (-0.25, -0.5)
+    assert penalties == (-0.375, -0.25)  # over the last 8 of 40 tokens, a fifth of them, and the last 10 of 100
+    assert overlong_penalties(replace(config, overlong_tokens=0), chain, rollout) == (0, 0)
     reward = score_rollout(config, GOOD1, GOOD2, (0, 0, 20, 10), AREAS, BOXES, j=0.6, overlong=penalties)
     plain = score_rollout(config, GOOD1, GOOD2, (0, 0, 20, 10), AREAS, BOXES, j=0.6)
-    assert reward.turn1 == pytest.approx(plain.turn1 - 0.25) and reward.turn2 == pytest.approx(plain.turn2 - 0.5)
-    assert reward.total == pytest.approx(plain.total - 0.75) and reward.overlong == -0.75
+    assert reward.turn1 == pytest.approx(plain.turn1 - 0.375) and reward.turn2 == pytest.approx(plain.turn2 - 0.25)
+    assert reward.total == pytest.approx(plain.total - 0.625) and reward.overlong == -0.625

@@ -76,10 +76,15 @@ def collect_rewards(
 
 
 def overlong_penalties(config: RewardsConfig, chain: ChainConfig, rollout: Rollout) -> tuple[float, float]:
-    """Of both turns, 0 or less."""
+    """Of both turns, 0 or less.
+
+    A turn's buffer is `overlong_tokens`, but at most a fifth of the turn's own limit, the paper's share (DAPO, arXiv
+    2503.14476: 4096 tokens of 20480): of short answers a fixed one would punish all.
+    """
     lengths = ((rollout.tokens1, chain.turn1_tokens), (rollout.tokens2, chain.turn2_tokens))
     first, second = (
-        config.overlong_penalty * overlong_penalty(length, limit, config.overlong_tokens) for length, limit in lengths
+        config.overlong_penalty * overlong_penalty(length, limit, min(config.overlong_tokens, limit / 5))
+        for length, limit in lengths
     )
     return first, second
 
