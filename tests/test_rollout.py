@@ -250,7 +250,7 @@ def test_the_box_of_a_chain_of_one_turn_is_in_pixels_of_the_shown_frame(one_turn
     # Tenths: distinct in float32 too, so that the reference need not say which of two equal tokens is kept.
     logits=st.lists(st.integers(-80, 80).map(lambda n: n / 10), min_size=5, max_size=12, unique=True),
     top_p=st.floats(0.05, 0.99),
-    top_k=st.integers(0, 5),
+    top_k=st.integers(0, 20),  # there may be fewer tokens
 )
 def test_truncation_keeps_the_smallest_set(logits, top_p, top_k):
     kept = np.isfinite(np.asarray(truncate(jnp.array(logits, jnp.float32), top_p, top_k)))

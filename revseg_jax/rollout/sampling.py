@@ -87,7 +87,7 @@ def first_largest(scores: jax.Array) -> jax.Array:
 def truncate(logits: jax.Array, top_p: float, top_k: int) -> jax.Array:
     """Sets to -inf what lies outside the top k tokens or outside the smallest set of probability >= top_p."""
     if top_k > 0:
-        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        smallest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if top_p < 1:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
