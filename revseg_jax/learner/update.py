@@ -116,24 +116,24 @@ class Learner:
 
     @partial(jax.jit, static_argnums=0)
     def logprobs(self, trained: Any, frozen: Any, batch: RolloutBatch) -> jax.Array:
-        """float32 [B, G, S] of the suffix tokens under a policy."""
+        """float32 [B, G, S] of the suffix tokens under a policy, by as many prompts at a time as in the update."""
 
         def of_part(part: RolloutBatch) -> jax.Array:
             policy = nnx.merge(self.graphdef, trained, frozen)
             return self._token_logprobs(policy, suffix_hidden(policy, part), part)[0]
 
-        return join(jax.lax.map(of_part, split(batch, self._microbatches(batch))))
+        return join(jax.lax.map(of_part, self._scored(batch)))
 
     @partial(jax.jit, static_argnums=0)
     def values(self, state: TrainState, frozen: Any, batch: RolloutBatch) -> jax.Array:
-        """float32 [B, G, S] of the states before the suffix tokens under the critic."""
+        """float32 [B, G, S] of the states before the suffix tokens under the critic; by parts, as `logprobs`."""
         critic = state.critic[0]
 
         def of_part(part: RolloutBatch) -> jax.Array:
             trunk = nnx.merge(self.graphdef, critic.get("trunk", state.trained), frozen)
             return token_values(critic, suffix_hidden(trunk, part))
 
-        return join(jax.lax.map(of_part, split(batch, self._microbatches(batch))))
+        return join(jax.lax.map(of_part, self._scored(batch)))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def update(self, state: TrainState, frozen: Any, experience: Experience) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -169,7 +169,7 @@ class Learner:
             (_, metrics), gradients = jax.value_and_grad(self.loss, has_aux=True)(parameters, frozen, *part)
             return constrain_tree(self.placement, jax.tree.map(jnp.add, total, gradients)), metrics
 
-        parts = split((experience, weights), self._microbatches(generated))
+        parts = split((experience, weights), self._microbatches(generated.shape[0], 1))
         gradients, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, parameters), parts)
         gap, tokens = metrics.pop("logprob_gap").max(), jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
         metrics = {name: value.sum() / (1.0 if name == "loss" else tokens) for name, value in metrics.items()}
@@ -229,10 +229,13 @@ class Learner:
         chunk, temperature = self.config.logprob_chunk, self.temperature
         return token_logprobs(policy, hidden, batch.tokens, self.layout.sampled, chunk, temperature)
 
-    def _microbatches(self, like: RolloutBatch | jax.Array) -> int:
-        """Into how many parts the prompts go, one part being in memory at a time."""
-        prompts = jax.tree.leaves(like)[0].shape[0]
-        return prompts // (self.config.prompts_per_microbatch or prompts)
+    def _scored(self, batch: RolloutBatch) -> RolloutBatch:
+        """A step's batch in the parts that are scored one after the other."""
+        return split(batch, self._microbatches(batch.tokens.shape[0], self.config.minibatches))
+
+    def _microbatches(self, prompts: int, minibatches: int) -> int:
+        """Into how many parts the prompts of that many minibatches go, one part being in memory at a time."""
+        return prompts // (self.config.prompts_per_microbatch or prompts // minibatches)
 
 
 def split(tree: Any, parts: int) -> Any:
