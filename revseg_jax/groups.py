@@ -10,6 +10,7 @@ import numpy as np
 
 from revseg_jax.config import Config
 from revseg_jax.data.example import Batch, Example, stack
+from revseg_jax.learner.advantages import groups_with_spread
 from revseg_jax.parallel.processes import agree
 from revseg_jax.parallel.rows import same_in_share
 from revseg_jax.parallel.sharding import Placement
@@ -22,8 +23,6 @@ from revseg_jax.rollout.loading import prompts_of
 from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.tracker.connection import SidecarAway
-
-NO_SPREAD = 1e-6  # deviation of a group's rewards under which they are equal
 
 
 class Groups(NamedTuple):
@@ -101,7 +100,8 @@ def replace_groups_without_spread(
     sample: Callable[[Batch], Groups],
 ) -> tuple[Groups, int]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage in
-    GRPO; the first groups of further batches that have one take their places.
+    GRPO (with credit=turn: whose rewards to go are, in both turns); the first groups of further batches that have one
+    take their places.
 
     At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Of several processes
     each replaces groups of its own share, and all draw until none lacks any: they sample, and read their data,
@@ -136,8 +136,15 @@ def _with_spread(groups: Groups, config: Config, placement: Placement) -> list[t
         away = str(error)
     if away := agree(away):
         raise SidecarAway(away)
-    totals = np.array([[reward.total for reward in row] for row in same_in_share(placement, rewards)])
-    return [(0, int(row)) for row in np.flatnonzero(totals.std(axis=1) > NO_SPREAD)]
+    spread = have_spread(same_in_share(placement, rewards), config.learner.credit)
+    return [(0, int(row)) for row in np.flatnonzero(spread)]
+
+
+def have_spread(rewards: Sequence[Sequence[RolloutReward]], credit: str) -> np.ndarray:
+    """bool [B], which groups teach GRPO something, as `learner.credit` compares their rollouts."""
+    earned = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
+    second = np.array([[reward.turns == 2 for reward in row] for row in rewards])
+    return groups_with_spread(earned, second, credit)
 
 
 def _example(batch: Batch, row: int) -> Example:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from revseg_jax.evaluation.chains import failure_cause
-from revseg_jax.groups import NO_SPREAD, Groups
+from revseg_jax.groups import Groups, have_spread
 from revseg_jax.learner.flops import peak_flops
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
@@ -49,13 +49,15 @@ class Compilations:
         return count
 
 
-def reward_metrics(rewards: Sequence[Sequence[RolloutReward]]) -> dict[str, float]:
-    """Means over all rollouts of a step."""
+def reward_metrics(rewards: Sequence[Sequence[RolloutReward]], credit: str) -> dict[str, float]:
+    """Means over all rollouts of a step, and the share of groups without spread as dynamic sampling judges them.
+
+    credit: `learner.credit`.
+    """
     flat = [reward for row in rewards for reward in row]
     names = ("total", "format", "temporal", "spatial", "mask", "overlong")
-    spread = np.std([[reward.total for reward in row] for row in rewards], axis=1)
     return {f"reward/{name}": float(np.mean([getattr(reward, name) for reward in flat])) for name in names} | {
-        "reward/groups_without_spread": float(np.mean(spread <= NO_SPREAD)),
+        "reward/groups_without_spread": float(np.mean(~have_spread(rewards, credit))),
         "rollout/turns": float(np.mean([reward.turns for reward in flat])),
     }
 

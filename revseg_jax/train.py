@@ -190,15 +190,17 @@ def run_steps(
         rewards = same_in_share(loaded.placement, rewards)
 
         by_turn = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
-        if config.learner.algorithm == "ppo":
-            by_turn = place(by_turn.astype(np.float32))
-        experience = make_experience(config.learner, learner.layout, rollouts, scores, by_turn)
+        # grpo's advantages are made on the host, ppo's on the devices.
+        given = place(by_turn.astype(np.float32)) if config.learner.algorithm == "ppo" else by_turn
+        experience = make_experience(config.learner, learner.layout, rollouts, scores, given)
         state, metrics = learner.update(state, loaded.frozen, place(experience))
         metrics = {f"learner/{name}": float(value) for name, value in metrics.items()}
         metrics["learner/bad_steps"] = int(state.bad_steps)
         clock.lap("update")
 
-        metrics |= mean_over_shares(loaded.placement, reward_metrics(rewards) | rollout_metrics(groups))
+        metrics |= mean_over_shares(
+            loaded.placement, reward_metrics(rewards, config.learner.credit) | rollout_metrics(groups)
+        )
         counts = replaced, groups.tokens, update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts)
         replaced, tokens, flops = map(sum, zip(*gather_shares(loaded.placement, counts), strict=True))
         metrics |= speed_metrics(clock.seconds, tokens, flops, compilations.since_last())

@@ -8,11 +8,18 @@ import pytest
 from child_processes import run_two
 
 from revseg_jax.chain.parsing import Turn1, Turn2
-from revseg_jax.config import Config, MeshConfig, RewardsConfig, RolloutConfig
+from revseg_jax.config import Config, LearnerConfig, MeshConfig, RewardsConfig, RolloutConfig
 from revseg_jax.data.example import Batch, Example, stack
-from revseg_jax.groups import Groups, decode_steps, replace_groups_without_spread, sample_groups
+from revseg_jax.groups import (
+    Groups,
+    _with_spread,
+    decode_steps,
+    replace_groups_without_spread,
+    sample_groups,
+)
 from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.rewards.scoring import PendingRewards
+from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.sampling import rollout_keys
@@ -104,6 +111,19 @@ def test_the_limit_leaves_what_could_not_be_replaced():
     assert indices(result) == [0, 2, 4] and count == 1 and taken == 1
 
 
+def test_with_credit_by_turn_a_group_differs_when_either_turn_does(monkeypatch):
+    """Equal totals of unequal turns; all equal; an only second turn; what a rollout without one lacks is no spread."""
+    by_turn = [[(0.5, 0.5), (0.2, 0.8), (1.0, 0)], [(0.1, 0.2)] * 3, [(1, 0), (0.5, 0.5), (1, 0)],
+               [(0.3, 0.3), (0.3, 0.3), (0.6, 0)]]  # fmt: skip
+    rewards = [[RolloutReward(0, 0, 0, 0, a + b, a, b, turns=2 if b else 1) for a, b in row] for row in by_turn]
+    monkeypatch.setattr(Groups, "rewards", lambda groups, config: rewards)
+    for credit, useful in (("turn", [0]), ("trajectory", [])):
+        config = replace(CONFIG, learner=LearnerConfig(credit=credit))
+        found = _with_spread(groups(0, [(0, 1)] * 4), config, make_placement(MeshConfig()))
+        assert [row for _, row in found] == useful
+        assert reward_metrics(rewards, credit)["reward/groups_without_spread"] == 1 - len(useful) / 4
+
+
 TWO_PROCESSES = """
 import sys
 from concurrent.futures import Future
@@ -157,7 +177,7 @@ def test_metrics_say_how_many_rollouts_were_truncated():
     rows = [[replace(rollout, truncated=g == 0 and b > 0) for g, rollout in enumerate(row)]
             for b, row in enumerate(first.chains)]  # fmt: skip
     first = first._replace(pending=[replace(first.pending[0], chains=rows, scores=[None] * 3)])
-    metrics = reward_metrics(first.rewards(CONFIG)) | rollout_metrics(first)
+    metrics = reward_metrics(first.rewards(CONFIG), "trajectory") | rollout_metrics(first)
     assert metrics["rollout/truncated_count"] == 2 and metrics["rollout/truncated"] == pytest.approx(1 / 3)
     assert metrics["rollout/wasted_decode_steps"] == pytest.approx(1 - 24 / 30)
     assert metrics["reward/groups_without_spread"] == pytest.approx(2 / 3)

@@ -170,6 +170,17 @@ def test_two_processes_train_as_one_does_and_end_together(alone, overrides, tmp_
 
 
 @pytest.mark.slow
+def test_two_processes_leave_a_bad_batch(overrides, tmp_path):
+    """Of PPO, whose rewards are spread over the devices of both: the first one's own."""
+    options = ("learner.algorithm=ppo", "learner.ppo.critic=head", "learner.learning_rate=1e30")
+    without = ("learner.max_bad_steps=1", "run.evaluate_every=0", "rewards.mask=0")
+    ended = [process.communicate()[1] for process in start_two([*overrides, *options, *without], tmp_path / "run", 3)]
+    assert all("steps in a row had a loss or gradient that is not finite" in words for words in ended), ended
+    (path,) = (tmp_path / "run").glob("bad_batch_*.npz")
+    assert np.load(path)["rewards"].shape == (4, 2, 2)
+
+
+@pytest.mark.slow
 def test_two_processes_that_share_all_prompts_train_as_one_does(alone, overrides, tmp_path):
     """The tensor axis lies across both: each has copies of all rows, and every row counts once."""
     for process in start_two(overrides, tmp_path / "run", STEPS, "mesh.fsdp=1", "mesh.tensor=8"):

@@ -61,9 +61,9 @@ def make_experience(
         )
         return Experience(batch, scores, advantages, returns)
     if penalty is not None:
-        rewards = rewards - own_rows(penalty) @ np.eye(2)[layout.turns]
+        penalty = own_rows(penalty) @ np.eye(2)[layout.turns]
     second = own_rows(batch.generated)[:, :, layout.turn2_start :].any(-1)
-    advantages = turn_advantages(rewards, second, config.advantage, config.credit)[:, :, layout.turns]
+    advantages = turn_advantages(rewards, second, config.advantage, config.credit, penalty)[:, :, layout.turns]
     return Experience(batch, scores, advantages, None)
 
 
