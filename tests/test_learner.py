@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from revseg_jax.config import LearnerConfig, PPOConfig, load_config
+from revseg_jax.learner import update as update_module
 from revseg_jax.learner.advantages import turn_advantages
-from revseg_jax.learner.experience import Scores, make_experience
+from revseg_jax.learner.experience import Experience, Scores, make_experience
+from revseg_jax.learner.forward import suffix_hidden
 from revseg_jax.learner.kl import kl_estimate
 from revseg_jax.learner.losses import policy_losses, token_weights, value_losses
 from revseg_jax.learner.ppo import generalised_advantages, token_rewards, whiten
@@ -267,6 +269,31 @@ def test_kl_in_the_reward_is_taken_from_each_turn(small_batch):
     assert ours[0, 2, 6] == 0
 
 
+def test_grpo_divides_by_the_deviation_of_the_rewards_without_the_kl(small_batch):
+    batch, scores, rewards = small_batch
+    config = LearnerConfig(kl="reward", kl_estimator="k1", kl_coefficient=0.2, credit="turn")
+    kl = scores.old_logprobs - scores.reference_logprobs
+    earned = rewards - 0.2 * np.stack([kl[..., :4].sum(-1), kl[..., 4:].sum(-1)], -1)
+    ours = make_experience(config, LAYOUT, batch, scores, rewards).advantages
+    total, second = earned.sum(-1)[0], earned[0, :2, 1]
+    np.testing.assert_allclose(ours[0, :, 1], (total - total.mean()) / rewards.sum(-1).std(), rtol=1e-5)
+    np.testing.assert_allclose(ours[0, :2, 6], (second - second.mean()) / rewards[0, :2, 1].std(), rtol=1e-5)
+    # Rewards to go that are all equal, of all rollouts and of those with a second turn: no KL makes up for them.
+    equal = np.array([[[0.5, 0.25], [0.5, 0.25], [0.75, 0.0]]])
+    for credit in ("turn", "trajectory"):
+        same = replace(config, credit=credit)
+        assert not make_experience(same, LAYOUT, batch, scores, equal).advantages.any()
+        assert make_experience(replace(same, advantage="rloo"), LAYOUT, batch, scores, equal).advantages.any()
+
+
+def test_ppo_whitens_the_advantages_of_generated_tokens(small_batch):
+    batch, scores, rewards = small_batch
+    config = LearnerConfig(algorithm="ppo", kl="off")
+    ours = np.asarray(make_experience(config, LAYOUT, batch, scores, rewards).advantages)
+    assert not ours[~batch.generated].any()
+    np.testing.assert_allclose([ours[batch.generated].mean(), ours[batch.generated].std()], [0, 1], atol=1e-5)
+
+
 def test_ppo_puts_the_kl_on_every_token(small_batch):
     batch, scores, rewards = small_batch
     ppo = PPOConfig(gae_lambda=1.0, whiten=False)
@@ -402,6 +429,84 @@ def test_the_critic_learns_what_comes_and_leaves_the_policy_alone(step):
     losses = [float(metrics["value_loss"]) for metrics in history]
     assert (np.diff(losses) < 0).all() and losses[-1] < 0.9 * losses[0]
     assert_same_parameters(state.trained, loaded.trained, 0.0)
+
+
+@pytest.fixture(scope="module")
+def critic(step):
+    """A learner with a critic, config far from the defaults, and a state whose critic's head answers something."""
+    config, loaded, _ = step
+    ppo = PPOConfig(value_clip=0.1, value_coefficient=1.7)
+    config = replace(config, algorithm="ppo", kl="off", importance_cap=0.0, ppo=ppo)
+    learner = make_learner(loaded.engine.graphdef, config, loaded.engine.encoder.layout)
+    state = learner.init(loaded.trained)
+    parameters, optimizer = state.critic
+    kernel = np.random.default_rng(6).normal(size=parameters["head"]["kernel"].shape).astype(np.float32)
+    parameters = parameters | {"head": {"kernel": 0.1 * kernel, "bias": np.float32(0.3)}}
+    return learner, state._replace(critic=(parameters, optimizer))
+
+
+def test_values_are_the_trunks_of_the_states_before_the_tokens(step, critic):
+    _, loaded, batch = step
+    learner, state = critic
+    values = np.asarray(learner.values(state, loaded.frozen, batch))
+    slot = np.flatnonzero(batch.generated[0, 0])[3]
+    tokens = np.array(batch.tokens)
+    tokens[0, 0, slot] = next(token for token in tokens[0, 0, slot - 3 : slot] if token != tokens[0, 0, slot])
+    moved = np.abs(np.asarray(learner.values(state, loaded.frozen, batch._replace(tokens=tokens))) - values)
+    assert moved[0, 0, slot + 1] > 1e-3
+    moved[0, 0, slot + 1 :] = 0
+    assert moved.max() < 1e-5
+
+    other = jax.tree.map(lambda x: 1.1 * x, state.trained)
+    same = learner.values(state._replace(trained=other), loaded.frozen, batch)
+    np.testing.assert_array_equal(same, values)
+    changed = state._replace(critic=(state.critic[0] | {"trunk": other}, state.critic[1]))
+    assert np.abs(np.asarray(learner.values(changed, loaded.frozen, batch)) - values).max() > 1e-3
+
+
+def test_ppos_loss_equals_its_definition(step, critic):
+    _, loaded, batch = step
+    learner, state = critic
+    config, generated = learner.config, np.asarray(batch.generated)
+    rng = np.random.default_rng(7)
+    values = np.asarray(learner.values(state, loaded.frozen, batch))
+    logprobs = np.asarray(learner.logprobs(state.trained, loaded.frozen, batch))
+    old = (logprobs + 0.3 * rng.normal(size=values.shape)).astype(np.float32)
+    old_values, returns = (values + 0.5 * rng.normal(size=(2, *values.shape))).astype(np.float32)
+    advantages = rng.normal(size=values.shape).astype(np.float32)
+
+    experience = Experience(batch, Scores(old, None, old_values), advantages, returns)
+    weights = token_weights(jnp.asarray(generated), config.aggregation, 0)
+    ours, _ = jax.jit(learner.loss)((state.trained, state.critic[0]), loaded.frozen, experience, weights)
+
+    nothing = np.zeros(values.shape)
+    policy = numpy_loss(config, logprobs, nothing, old, batch.logprobs, nothing, advantages, generated, 0)
+    near = np.clip(values, old_values - 0.1, old_values + 0.1)
+    errors = np.maximum((values - returns) ** 2, (near - returns) ** 2)[generated] / 2
+    assert float(ours) == pytest.approx(policy + 1.7 * errors.mean(), rel=1e-4)
+
+
+def test_scoring_takes_as_many_prompts_at_a_time_as_the_update(step, critic, monkeypatch):
+    _, loaded, batch = step
+    sizes = []
+
+    def noted(policy, part):
+        sizes.append(part.tokens.shape[0])
+        return suffix_hidden(policy, part)
+
+    monkeypatch.setattr(update_module, "suffix_hidden", noted)
+    config = replace(critic[0].config, minibatches=2, prompts_per_microbatch=0)
+    learner = make_learner(loaded.engine.graphdef, config, loaded.engine.encoder.layout)
+    for score, parameters in ((learner.logprobs, loaded.trained), (learner.values, critic[1])):
+        assert jax.eval_shape(score, parameters, loaded.frozen, batch).shape == batch.tokens.shape
+    assert sizes == [1, 1]
+
+
+def test_the_upper_bound_of_dapo_clips(step):
+    """Its preset takes several steps a batch; at the first one the ratio is 1 but for the sampler's rounding."""
+    config = load_config([CONFIG, CONFIG.with_name("dapo.yaml")], ["run.dir=none"]).learner
+    _, _, (metrics,) = updated(replace(config, clip_low=1.0, clip_high=1e-3), step, rows=np.array([0, 1, 0, 1]))
+    assert float(metrics["clip_fraction"]) > 0
 
 
 def test_the_reference_may_live_in_bfloat16_and_in_host_memory(step):
