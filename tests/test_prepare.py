@@ -348,6 +348,8 @@ def test_strict_forgives_nothing_that_was_written_without_it(tmp_path, monkeypat
     with pytest.raises(InputError, match="00001.jpg .video bad_frame. is no readable JPEG"):
         build(strict=True)
     build()
+    source = ClipSource([tmp_path / "out"], "valid_u")  # what was written before --strict stopped is whole
+    assert [source[i].video_id for i in range(len(source))] == ["good", "masks"]
     with pytest.raises(InputError, match=f"out was written in spite of the problems in .*{writer.PROBLEMS}"):
         build(strict=True)
 

@@ -163,12 +163,17 @@ def _read_report(work: Path, number: int, part: Part) -> PartReport | None:
 def _write_part(
     work: Path, number: int, part: Part, strict: bool, tick: Callable[[], Any] = lambda: None
 ) -> PartReport:
-    """Records go to the disk one by one. The report is renamed into place when they all are there."""
+    """Records go to the disk one by one; when they all are there, they and then their report are renamed into place.
+
+    No report ever stands beside records that it does not describe: an attempt that fails leaves the part of an earlier
+    one as it was.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path, schema = _part_file(work, number), features()
     expressions, hashes, found, frames, objects, skipped = [], [], [], 0, 0, 0
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # each record by itself: random access
+    partial = path.with_suffix(".partial")
+    writer = ArrayRecordWriter(str(partial), "group_size:1")  # each record by itself: random access
     try:
         for record, problems in part.build():
             if strict and problems:
@@ -188,9 +193,11 @@ def _write_part(
     finally:
         writer.close()
     report = PartReport(part.key, expressions, hashes, frames, objects, skipped, found)
-    temporary = path.with_suffix(".tmp")
+    report_file, temporary = path.with_suffix(".json"), path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(report)))
-    os.replace(temporary, path.with_suffix(".json"))
+    report_file.unlink(missing_ok=True)
+    os.replace(partial, path)
+    os.replace(temporary, report_file)
     return report
 
 
