@@ -32,8 +32,8 @@ SCORES = "filter_scores.jsonl"  # one line a video, whatever the threshold
 def main(folder: str, threshold: float, config: Config) -> dict[str, Any]:
     """Scores the videos of the train split that have no score yet and writes filter.json, the decisions, into `folder`.
 
-    Another threshold decides anew from the scores that are there. Raises InputError for a folder that is not prepared,
-    a threshold outside 0..1, or scores of another tracker.
+    Another threshold decides anew from the scores that are there. Earlier decisions hold until the new ones replace
+    them. Raises InputError for a folder that is not prepared, a threshold outside 0..1, or scores of another tracker.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold {threshold} is not between 0 and 1")
@@ -43,8 +43,7 @@ def main(folder: str, threshold: float, config: Config) -> dict[str, Any]:
         raise InputError(f"{folder} has no split {SPLIT!r}: only training data is filtered")
     with tracker_client(config) as client:
         tracker = description(client.info())["tracker"]
-        (path / DECISIONS).unlink(missing_ok=True)  # so that the source shows all videos
-        scores = _score_all(path, ClipSource([path], SPLIT), client, tracker)
+        scores = _score_all(path, ClipSource([path], SPLIT, with_dropped=True), client, tracker)
     dropped = [video for video, iou in scores.items() if iou < threshold]
     queries = {video: len(ids) for video, ids in total}
     content = {

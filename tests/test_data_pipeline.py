@@ -493,6 +493,8 @@ def test_dropped_videos_are_left_out(tmp_path, folder, source):
     assert [(left[i].video_id, left[i].expression_id) for i in range(len(left))] == left.ids()
     assert left.fingerprints != source.fingerprints
     assert ClipSource([copy], "test").ids() == ClipSource([folder], "test").ids()
+    every = ClipSource([copy], "train", with_dropped=True)
+    assert every.ids() == source.ids() and every.fingerprints == source.fingerprints
     (copy / "filter.json").write_text("{")
     with pytest.raises(InputError, match="filter.json cannot be read"):
         ClipSource([copy], "train")

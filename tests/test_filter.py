@@ -15,6 +15,7 @@ from child_processes import wait_for
 from revseg_jax import filter
 from revseg_jax.config import load_config
 from revseg_jax.data.clip import boxes_and_areas, decode_mask
+from revseg_jax.data.filtered import DECISIONS, write_decisions
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
@@ -76,8 +77,13 @@ def test_filter(tmp_path, capsys, config, endpoint, monkeypatch):
     assert {video for video, _ in left.ids()} == set(ordered[1:])
     assert len(source) - len(left) == content["dropped_queries"]
 
+    kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["video"] != ordered[0]]
+    log.write_text("".join(kept))
+    assert filter.main(str(folder), threshold, config) == content  # a dropped video without a score is scored too
+    assert asked[3:] == ordered[:1]
+
     assert filter.main(str(folder), 0.0, config)["dropped"] == []  # from the scores that are there
-    assert len(asked) == 3 and len(ClipSource([folder], "train")) == len(source)
+    assert len(asked) == 4 and len(ClipSource([folder], "train")) == len(source)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5])
@@ -91,6 +97,9 @@ def test_scores_of_another_tracker_are_refused(tmp_path, config):
     prepare_synthetic(folder, "easy", 1, 0, seed=6, progress=False)
     record = {"video": "x", "mean_iou": 1.0, "tracker": {"checkpoint": "other.pt", "config": "other.yaml"}}
     (folder / filter.SCORES).write_text(json.dumps(record) + "\n")
+    before = {"split": "train", "dropped": ["train-000000"]}
+    write_decisions(folder, before)
     with pytest.raises(InputError, match="other.pt"):
         filter.main(str(folder), 0.6, config)
     assert Path(folder / filter.SCORES).exists()
+    assert json.loads((folder / DECISIONS).read_text()) == before  # what was decided holds

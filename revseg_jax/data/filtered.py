@@ -1,4 +1,4 @@
-"""What `revseg filter` decided about a prepared folder; everything that reads clips abides by it."""
+"""What `revseg filter` decided about a prepared folder; all that reads clips abides by it, but the filter itself."""
 
 from __future__ import annotations
 

@@ -22,8 +22,11 @@ class ClipSource:
     pairs often share their video.
     """
 
-    def __init__(self, folders: Sequence[str | Path], split: str, weights: Sequence[float] = ()) -> None:
-        """weights: of each folder in a mixture, any positive numbers; none: every pair alike. Raises InputError."""
+    def __init__(
+        self, folders: Sequence[str | Path], split: str, weights: Sequence[float] = (), with_dropped: bool = False
+    ) -> None:
+        """weights: of each folder in a mixture, any positive numbers; none: every pair alike. with_dropped: also the
+        videos that `revseg filter` dropped. Raises InputError."""
         if not folders:
             raise InputError("no dataset folders given")
         if weights and (len(weights) != len(folders) or min(weights) <= 0):
@@ -40,7 +43,7 @@ class ClipSource:
             if split not in prepared["expressions"]:
                 there = ", ".join(prepared["expressions"])
                 raise InputError(f"{folder} has no split {split!r}, only {there}")
-            dropped = read_dropped(folder, split)
+            dropped = set() if with_dropped else read_dropped(folder, split)
             kept = [(n, item) for n, item in enumerate(prepared["expressions"][split]) if item[0] not in dropped]
             videos += [(number, record) for record, _ in kept]
             self._ids += [item for _, item in kept]
