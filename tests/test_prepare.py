@@ -403,6 +403,39 @@ def test_what_was_repaired_is_read_again(tmp_path):
     assert source[0].query == "said better" and len(source) == 20
 
 
+@pytest.mark.parametrize(
+    ("tree", "split", "file"),
+    [
+        (trees.mevis, "valid_u", "valid_u/JPEGImages/377b1c5f365c/00001.jpg"),
+        (trees.mevis, "valid_u", "valid_u/mask_dict.json"),
+        (trees.revos, "train", "mask_dict.json"),
+        (trees.revos, "valid", "mask_dict_foreground.json"),
+        (trees.lv_vis_by_visa, "train", "train/mask_dict.json"),
+        (trees.lv_vis_official, "train", "train_instances.json"),
+        (trees.ref_youtube_vos, "train", "train/Annotations/0a1b/00005.png"),
+        (trees.ref_davis17, "valid", "valid/Annotations/blackswan/00002.png"),
+        (trees.reason_vos, "test", "Annotations/MeViS_race_1/00003.png"),
+        (trees.reason_seg, "val", "val/9.json"),
+    ],
+)
+def test_a_part_is_built_again_when_a_frame_or_mask_file_has_changed(tmp_path, monkeypatch, tree, split, file):
+    root, dataset = tree(tmp_path / "in"), tree.__name__.removesuffix("_official").removesuffix("_by_visa")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def built() -> int:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(dataset, root, tmp_path / "out", [split], workers=1, progress=False)
+        return next(tmp_path.glob(".out.*.partial/part-00000.json")).stat().st_mtime_ns
+
+    monkeypatch.setattr(writer, "_finish", interrupt)
+    first = built()
+    assert built() == first
+    os.utime(root / file, ns=(0, (root / file).stat().st_mtime_ns + 1))
+    assert built() > first
+
+
 def test_mixed_datasets_stream_into_examples(tmp_path):
     """From two downloads to batches of one shape: what training sees is what the files say."""
     folders = [tmp_path / name for name in ("mevis", "revos")]

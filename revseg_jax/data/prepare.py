@@ -72,9 +72,18 @@ def _read(dataset: str, source: Path, split: str) -> Listing:
 def _parts(split: str, listing: Listing) -> Iterator[Part]:
     for start in range(0, len(listing.videos), VIDEOS_PER_PART):
         videos = listing.videos[start : start + VIDEOS_PER_PART]
-        content = [(v.id, v.expressions, [str(frame) for frame in v.frames]) for v in videos]
+        content = [(v.id, v.expressions, [_stamp(file) for file in (*v.frames, *v.mask_files)]) for v in videos]
         key = hashlib.sha256(repr(content).encode()).hexdigest()
         yield Part(split, key, len(videos), partial(_build, videos, listing.fps, listing.truth))
+
+
+def _stamp(file: Path) -> tuple[str, int, int] | tuple[str]:
+    """What changes when a file is mended: its size and time of change; of one that is missing the name alone."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return (str(file),)
+    return str(file), stat.st_size, stat.st_mtime_ns
 
 
 def _build(videos: list[ListedVideo], fps: float, truth: bool) -> Iterator[Built]:

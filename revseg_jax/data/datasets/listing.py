@@ -34,11 +34,13 @@ class ListedExpression:
 
 @dataclass(frozen=True)
 class ListedVideo:
-    """`read_masks(height, width)` gives each object's masks, or the Problem that it has. It must be picklable."""
+    """`read_masks(height, width)` gives each object's masks, or the Problem that it has; it must be picklable.
+    `mask_files` are those that the masks come from: a video whose files change is built again."""
 
     id: str
     frames: tuple[Path, ...]
     expressions: tuple[ListedExpression, ...]
+    mask_files: tuple[Path, ...]
     read_masks: Callable[[int, int], dict[str, Masks | Problem]] = field(repr=False)
 
 

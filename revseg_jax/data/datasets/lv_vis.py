@@ -30,7 +30,7 @@ def read(source: Path, split: str) -> Listing:
     meta, images = meta_file(source, split), source / split / "JPEGImages"
     if meta.name == "meta_expressions.json":
         masks = source / split / "mask_dict.json"
-        return Listing(videos_with_mask_dict(meta, images, read_json(masks), masks, lambda expression: KIND), FPS)
+        return Listing(videos_with_mask_dict(meta, images, read_json(masks), (masks,), lambda expression: KIND), FPS)
     return Listing(_official(meta, images), FPS)
 
 
@@ -59,4 +59,4 @@ def _video(video: dict, annotations: list[dict], names: dict[int, str], meta: Pa
         for number, (category, objects) in enumerate(sorted(members.items()))
     )
     masks = {str(annotation["id"]): annotation["segmentations"] for annotation in annotations}
-    return ListedVideo(name, frames, expressions, partial(run_length_masks, name, masks, len(frames), meta))
+    return ListedVideo(name, frames, expressions, (meta,), partial(run_length_masks, name, masks, len(frames), meta))

@@ -48,14 +48,15 @@ def videos_with_mask_dict(
     meta: Path,
     images: Path,
     mask_dict: dict[str, list] | None,
-    mask_file: Path,
+    mask_files: tuple[Path, ...],
     kind_of: Callable[[dict], str],
     absent: Callable[[dict], bool] = lambda expression: False,
     extra_masks: Callable[[str], dict[str, list]] = lambda video: {},
 ) -> list[ListedVideo]:
     """Videos whose expressions name their objects by `anno_id` in a mask_dict (None: no public truth).
 
-    extra_masks gives a video's masks that no expression names. All masks stand in the order of the video's own list of
+    mask_files: the mask_dict's, and then those of extra_masks, which gives a video's masks that no expression names.
+    All masks stand in the order of the video's own list of
     frames, whatever that is, and get that of `frames_of`.
     """
     listed = []
@@ -68,10 +69,10 @@ def videos_with_mask_dict(
                 ListedExpression(number, expression["exp"], kind_of(expression), objects, absent(expression))
             )
         frames = frames_of(images / name, video)
-        read_masks = no_masks
+        files, read_masks = (), no_masks
         if mask_dict is not None:
             order = frame_order(video)
             masks = {anno: _reordered(rles, order) for anno, rles in (wanted | extra_masks(name)).items()}
-            read_masks = partial(run_length_masks, name, masks, len(frames), mask_file)
-        listed.append(ListedVideo(name, frames, tuple(expressions), read_masks))
+            files, read_masks = mask_files, partial(run_length_masks, name, masks, len(frames), mask_files[0])
+        listed.append(ListedVideo(name, frames, tuple(expressions), files, read_masks))
     return listed

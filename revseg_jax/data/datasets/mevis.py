@@ -22,5 +22,5 @@ def read(source: Path, split: str) -> Listing:
     masks, truth = source / split / "mask_dict.json", split != "valid"
     mask_dict = read_json(masks) if truth else None
     images = source / split / "JPEGImages"
-    videos = videos_with_mask_dict(meta_file(source, split), images, mask_dict, masks, lambda expression: "motion")
+    videos = videos_with_mask_dict(meta_file(source, split), images, mask_dict, (masks,), lambda expression: "motion")
     return Listing(videos, FPS, truth)

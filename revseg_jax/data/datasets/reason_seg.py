@@ -58,4 +58,5 @@ def _image(image: Path, annotation: dict) -> ListedVideo:
         ListedExpression(str(number), text, "reasoning", objects)
         for number, text in enumerate(as_list(annotation["text"]))
     )
-    return ListedVideo(image.stem, (image,), expressions, partial(polygon_masks, shapes))
+    files = (image.with_suffix(".json"),)
+    return ListedVideo(image.stem, (image,), expressions, files, partial(polygon_masks, shapes))

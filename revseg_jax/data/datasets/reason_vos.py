@@ -43,4 +43,5 @@ def _video(source: Path, name: str, video: dict) -> ListedVideo:
         obj: [source / "Annotations" / f"{video['source']}_{name}_{obj}" / f"{frame.stem}.png" for frame in frames]
         for obj in dict.fromkeys(objects)
     }
-    return ListedVideo(name, frames, expressions, partial(image_masks, name, masks))
+    files = tuple(file for of_object in masks.values() for file in of_object)
+    return ListedVideo(name, frames, expressions, files, partial(image_masks, name, masks))

@@ -46,8 +46,8 @@ def palette_videos(source: Path, split: str, truth: bool, with_unnamed: bool = F
             for number, expression in expressions_of(video)
         )
         frames = frames_of(source / split / "JPEGImages" / name, video)
-        annotations = [source / split / "Annotations" / name / f"{frame.stem}.png" for frame in frames]
+        annotations = tuple(source / split / "Annotations" / name / f"{frame.stem}.png" for frame in frames if truth)
         objects = list(dict.fromkeys(found for expression in expressions for found in expression.objects))
         read_masks = partial(palette_masks, name, annotations, objects, with_unnamed) if truth else no_masks
-        listed.append(ListedVideo(name, frames, expressions, read_masks))
+        listed.append(ListedVideo(name, frames, expressions, annotations, read_masks))
     return listed

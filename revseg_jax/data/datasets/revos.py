@@ -29,12 +29,13 @@ def _masks(path: Path, modified: int) -> dict[str, list]:
 
 def read(source: Path, split: str) -> Listing:
     masks = source / "mask_dict.json"
-    foreground = read_json(source / "mask_dict_foreground.json") if split == "valid" else {}
+    extra = (source / "mask_dict_foreground.json",) if split == "valid" else ()
+    foreground = read_json(extra[0]) if extra else {}
     videos = videos_with_mask_dict(
         meta_file(source, split),
         source / "JPEGImages",
         _masks(masks, masks.stat().st_mtime_ns if masks.exists() else 0),
-        masks,
+        (masks, *extra),
         kind_of=lambda expression: KINDS.get(_type(expression), "unknown"),
         absent=lambda expression: _type(expression) == 2,
         extra_masks=lambda video: {FOREGROUND: foreground[video]["masks_rle"]} if video in foreground else {},
