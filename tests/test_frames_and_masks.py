@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import ExifTags, Image, ImageOps
 
 from revseg_jax.data.clip import boxes_and_areas, decode_frame, decode_mask, encode_mask, union
-from revseg_jax.data.frames import encode_frame, resize_square
+from revseg_jax.data.frames import encode_frame, resize_square, upright
 from revseg_jax.data.sampling import sample_frames
 from revseg_jax.errors import InputError
 
@@ -81,6 +85,28 @@ def test_frames_that_are_no_images_are_refused():
         decode_frame(b"not a jpeg")
     with pytest.raises(InputError, match="cannot be decoded"):
         decode_frame(encode_frame(np.zeros((40, 40, 3), np.uint8))[:300])
+
+
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are none of EXIF's
+def test_images_are_turned_upright_as_pillow_does(orientation):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).save(buffer, "PNG", exif=exif)
+    with Image.open(buffer) as image:
+        np.testing.assert_array_equal(np.asarray(upright(image)), np.asarray(ImageOps.exif_transpose(image)))
+
+
+def test_exif_data_may_be_damaged():
+    """What is not EXIF turns nothing; a damaged tag beside the orientation (a width in letters) does not matter."""
+    oriented = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 2, ExifTags.Base.Orientation, 3, 1, 6)
+    oriented += struct.pack("<HHIII", ExifTags.Base.ImageWidth, 2, 1, ord("x"), 0)
+    sizes = []
+    for exif in (b"Exif\0\0no TIFF header", oriented):
+        buffer = io.BytesIO()
+        Image.new("L", (3, 2)).save(buffer, "JPEG", dpi=(72, 72), exif=exif)
+        with Image.open(buffer) as image:
+            sizes.append(upright(image).size)
+    assert sizes == [(3, 2), (2, 3)]
 
 
 def test_resizing_averages_instead_of_skipping_pixels():

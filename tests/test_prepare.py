@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
@@ -20,11 +21,12 @@ from dataset_trees import HEIGHT, MEVIS_OBJECTS, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import ExifTags, Image
 
 from revseg_jax.cli import main
 from revseg_jax.config import ChainConfig
 from revseg_jax.data import writer
-from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.clip import decode_frame, decode_mask
 from revseg_jax.data.datasets.listing import Problem
 from revseg_jax.data.datasets.masks import polygon_masks, run_length_masks, run_lengths
 from revseg_jax.data.pipeline import training_steps
@@ -234,6 +236,28 @@ def test_reason_seg(tmp_path):
     assert_masks(clips[0], [target])
     void = decode_mask(source.video(0).objects[VOID][0], HEIGHT, WIDTH)
     assert void[30:41, 60:71].all() and void.sum() == 121
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_images_are_turned_as_their_polygons_were_drawn(tmp_path, orientation):
+    """A camera held upside down or sideways: the file's pixels lie otherwise than what its EXIF data show."""
+    shown = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    shown[20:36, 8:32] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+
+    def tree(root: Path) -> Path:
+        (root / "val").mkdir(parents=True)
+        stored = np.ascontiguousarray(np.rot90(shown, {3: 2, 6: 1}[orientation]))
+        Image.fromarray(stored).save(root / "val/1.jpg", exif=exif, quality=95)
+        points = [(8, 20), (31, 20), (31, 35), (8, 35)]
+        trees.write_json(root / "val/1.json", {"text": ["it"], "shapes": [{"label": "target", "points": points}]})
+        return root
+
+    _, clips, _ = prepared_clips("reason_seg", tree, tmp_path, "val", strict=True)
+    assert_masks(clips[0], [shown[..., 0] > 0])
+    np.testing.assert_array_equal(decode_frame(clips[0].frames[0])[..., 0] > 128, shown[..., 0] > 0)
+    assert Image.open(io.BytesIO(clips[0].frames[0])).getexif() == {}  # nobody turns it a second time
 
 
 def test_splits_that_are_there_are_taken(tmp_path):

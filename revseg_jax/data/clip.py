@@ -24,7 +24,7 @@ class Clip:
     fps: float  # of `frames`
     height: int  # pixels of the original frames, as are all masks and boxes
     width: int
-    frames: tuple[bytes, ...] = field(repr=False)  # encoded images, as they came
+    frames: tuple[bytes, ...] = field(repr=False)  # encoded images, as they came but upright
     # COCO RLE {"size": [h, w], "counts": bytes}, union of the expression's objects; None = absent
     masks: tuple[dict | None, ...] = field(repr=False)
     frame_names: tuple[str, ...] = field(repr=False)  # of the files they came from, without the ending

@@ -5,11 +5,20 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from revseg_jax.errors import InputError
 
 JPEG_QUALITY = 95
+_TURNS = {  # by EXIF's Orientation: what shows the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def encode_frame(frame: np.ndarray) -> bytes:
@@ -36,6 +45,18 @@ def resize_square(frame: np.ndarray, size: int) -> np.ndarray:
     pixels agree with what published checkpoints were trained on. Everything shown to the policy goes through here.
     """
     return _resize(Image.fromarray(frame), size)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data wants it shown; the very image when they want nothing, or are damaged.
+
+    `ImageOps.exif_transpose` fails on damaged ones, as it writes the others anew, and always copies.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except SyntaxError:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _decode(jpeg: bytes) -> Image.Image:

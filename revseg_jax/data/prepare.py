@@ -16,7 +16,7 @@ from revseg_jax.data.writer import PROBLEMS, Built, Part, write_dataset
 from revseg_jax.errors import InputError
 
 VIDEOS_PER_PART = 8
-VERSION = 2  # of how downloads are read: raise it when records of the same download would change
+VERSION = 3  # of how downloads are read: raise it when records of the same download would change
 
 
 def prepare(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from revseg_jax.data.datasets.listing import ListedVideo, Problem
+from revseg_jax.data.frames import encode_frame, upright
 from revseg_jax.data.records import VideoExpression, make_record
 from revseg_jax.errors import InputError
 
@@ -60,7 +62,7 @@ class _BadFrame(InputError):
 
 
 def _frames(video: ListedVideo) -> tuple[list[bytes], tuple[int, int]]:
-    """The files' bytes and the size that all of them have: height, width."""
+    """Upright JPEGs and the size that all of them have: height, width."""
     if not video.frames:
         raise _BadFrame("missing frame", f"video {video.id} has no frames")
     frames, size = [], None
@@ -69,7 +71,7 @@ def _frames(video: ListedVideo) -> tuple[list[bytes], tuple[int, int]]:
             content = path.read_bytes()
         except FileNotFoundError:
             raise _BadFrame("missing frame", f"{path} is missing (video {video.id})") from None
-        found = _size(content, path, video.id)
+        content, found = _upright(content, path, video.id)
         if size not in (None, found):
             sizes = f"{found[1]}x{found[0]} pixels, the frames before {size[1]}x{size[0]}"
             raise _BadFrame("frames of several sizes", f"{path} is {sizes} (video {video.id})")
@@ -78,13 +80,22 @@ def _frames(video: ListedVideo) -> tuple[list[bytes], tuple[int, int]]:
     return frames, size
 
 
-def _size(content: bytes, path: Path, video: str) -> tuple[int, int]:
-    """Height and width of a JPEG that can be decoded to its end."""
+def _upright(content: bytes, path: Path, video: str) -> tuple[bytes, tuple[int, int]]:
+    """A JPEG that can be decoded to its end, and its height and width.
+
+    The very bytes, but of an image that its EXIF data want turned, as a camera held sideways writes it: that is encoded
+    anew as it is shown, so that whoever decodes it sees the pixels that its masks are for. Annotators and the
+    datasets' own readers saw it upright, too: OpenCV turns such images.
+    """
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            shown = upright(image)
+            if shown is not image:
+                pixels = np.asarray(shown.convert("RGB"))
+                return encode_frame(pixels), pixels.shape[:2]
             width, height = image.size
             image.draft("L", (width // 8, height // 8))  # reads all of it, but computes few pixels
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _BadFrame("unreadable frame", f"{path} (video {video}) is no readable JPEG: {error}") from None
-    return height, width
+    return content, (height, width)

@@ -1,6 +1,7 @@
 """ReasonSeg: images as clips of one frame, targets as polygons, regions to be ignored as the object VOID.
 
-Where both lie one over the other the smaller polygon counts, as in LISA's reader (utils/data_processing.py).
+Where both lie one over the other the smaller polygon counts, as in LISA's reader (utils/data_processing.py). Polygons
+are of the images as their EXIF data want them shown.
 
 {train,val,test}/<image>.jpg with <image>.json beside it: "text", "shapes": [{"label", "points"}]
 """
