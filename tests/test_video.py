@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from video_files import number, numbered, peak_growth, write, write_sound
 
 from revseg_jax.data.container import declared_size
@@ -171,16 +171,31 @@ def test_a_folder_in_natural_order(tmp_path):
 
 
 def test_kinds_of_images(tmp_path):
-    frame = numbered(1)[0]
+    frame = numbered(6)[5]
     for index, mode in enumerate(["L", "P", "RGBA", "1", "CMYK"]):
         Image.fromarray(frame).convert(mode).save(tmp_path / f"{index}.{'jpg' if mode == 'CMYK' else 'png'}")
     upright = Image.fromarray(frame)
     exif = upright.getexif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
-    upright.rotate(90, expand=True).save(tmp_path / "5.jpg", exif=exif, quality=100)
+    exif[0x0112] = 5  # the camera was turned and shows a mirror image: swap rows and columns
+    upright.transpose(Image.Transpose.TRANSPOSE).save(tmp_path / "5.jpg", exif=exif, quality=100)
+    Image.fromarray(frame[..., 0].astype(np.uint16) << 8).save(tmp_path / "6.png")
     shown = list(open_video(tmp_path).frames())
-    assert len(shown) == 6 and all(frame.shape == (64, 128, 3) for frame in shown)
-    assert [number(frame) for frame in shown] == [0] * 6
+    assert len(shown) == 7 and all(frame.shape == (64, 128, 3) for frame in shown)
+    assert [number(frame) for frame in shown] == [5] * 7
+    np.testing.assert_array_equal(shown[6], shown[0])  # 16 bits as 8, not clipped
+    np.testing.assert_array_equal(next(open_video(tmp_path / "5.jpg").frames()), shown[5])  # by itself as in the folder
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_side_data_without_a_name(tmp_path, orientation):
+    """FFmpeg hands out EXIF data as a kind of side data that PyAV's list does not know."""
+    image = Image.fromarray(numbered(1)[0] + np.arange(128, dtype=np.uint8)[:, None] // 4)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.webp", exif=exif, lossless=True)
+    wanted = ImageOps.exif_transpose(Image.open(tmp_path / "a.webp"))
+    shown = next(open_video(tmp_path / "a.webp").frames())
+    assert shown.shape[:2] == wanted.size[::-1] and np.abs(shown - np.asarray(wanted, float)).max() < 8
 
 
 def test_bad_folders(tmp_path):

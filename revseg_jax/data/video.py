@@ -11,10 +11,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from revseg_jax.data.container import declared_size
+from revseg_jax.data.frames import upright
 from revseg_jax.errors import InputError, RunFailure
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -33,7 +34,7 @@ class Video:
       pts: int64 [T], when each frame is shown, strictly increasing from 0, in units of time_base
       last: how long the last frame is shown, in the same units
       time_base: seconds
-      images: the files of a folder, in order; empty for a video file
+      images: the files of a folder, in order, or the one JPEG or PNG that was given; empty for a video file
       orientation: (swap rows and columns, then flip rows, flip columns) that show a decoded frame upright
     """
 
@@ -91,7 +92,7 @@ def open_video(path: str | Path, progress: bool = False) -> Video:
         path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise InputError(f"video {path} cannot be opened: {getattr(error, 'strerror', error)}") from None
-    images = _list_images(path) if path.is_dir() else ()
+    images = _list_images(path) if path.is_dir() else (path,) if path.suffix.lower() in IMAGES else ()
     pts, durations, size, time_base = [], [], None, Fraction(1, FOLDER_FPS)
     orientation = (False, False, False)
     with closing(_images(images) if images else _decode(path)) as source:
@@ -198,9 +199,16 @@ def _images(paths: Iterable[Path]) -> Iterator[Image.Image]:
     for path in paths:
         try:
             with Image.open(path, formats=["JPEG", "PNG"]) as image:
-                yield ImageOps.exif_transpose(image).convert("RGB")
+                yield _rgb(upright(image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"image {path} cannot be read: {error}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """With 8 bits a channel. Of 16-bit colour Pillow itself reads the high bytes; 16-bit grey it would clip at 255."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _size(frame: Image.Image | av.VideoFrame, orientation: Orientation) -> tuple[int, int]:
@@ -224,7 +232,11 @@ def _orientation(frame: av.VideoFrame) -> Orientation:
     FFmpeg's matrix takes (x, y) to (a x + c y, b x + d y) and starts a, b, u, c, d; phones use quarter turns and mirror
     images only, so other angles count as the nearest of these.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists no side data when there are any of a kind it has no name for, such as EXIF
+        quarters = ((False, False, False), (True, True, False), (False, True, True), (True, False, True))
+        return quarters[round(frame.rotation / 90) % 4]
     if matrix is None:
         return False, False, False
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
