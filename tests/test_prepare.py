@@ -306,6 +306,30 @@ def damaged_mevis(root: Path) -> Path:
     return root
 
 
+def test_ids_in_colour_are_refused(tmp_path):
+    """Palette images that somebody saved as RGB: colours are no ids. Where all channels agree they are."""
+    root = trees.ref_youtube_vos(tmp_path / "in")
+    folder = root / "train/Annotations/0a1b"
+    grey = Image.fromarray(np.asarray(Image.open(folder / "00000.png")))
+    grey.convert("RGB").save(folder / "00000.png")
+    prepare("ref_youtube_vos", root, tmp_path / "grey", ["train"], workers=1, progress=False)
+    assert_masks(ClipSource([tmp_path / "grey"], "train")[1], union(trees.YTVOS_OBJECTS[1]))
+    Image.open(folder / "00005.png").convert("RGB").save(folder / "00005.png")
+    with pytest.raises(InputError, match="0a1b/00005.png is in colour"):
+        prepare("ref_youtube_vos", root, tmp_path / "colour", ["train"], strict=True, workers=1, progress=False)
+
+
+def test_an_image_of_one_object_may_have_any_colour(tmp_path):
+    def tree(root: Path) -> Path:
+        file = trees.reason_vos(root) / "Annotations/MeViS_race_2/00000.png"
+        pixels = (np.asarray(Image.open(file)) > 0)[..., None] * np.array([0, 0, 2], np.uint8)
+        Image.fromarray(pixels).save(file)
+        return root
+
+    _, clips, _ = prepared_clips("reason_vos", tree, tmp_path, "test")
+    assert_masks(clips[0], union(MEVIS_OBJECTS["17"]))
+
+
 def test_bad_data_is_named_and_counted(tmp_path):
     content, clips, _ = prepared_clips("mevis", damaged_mevis, tmp_path, "valid_u")
     assert [(clip.video_id, clip.expression_id) for clip in clips] == [("good", "0"), ("masks", "5")]

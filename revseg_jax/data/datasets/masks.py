@@ -84,7 +84,7 @@ def palette_masks(
     with_unnamed: behind the given objects come those of the first image that are not among them.
     """
     try:
-        images = [_image(file, height, width) for file in files]
+        images = [_ids(file, height, width) for file in files]
     except InputError as error:
         return dict.fromkeys(objects, Problem("bad mask", video, f"video {video}: {error}"))
     unnamed = [name for name in _numbered(images[0]) if name not in objects] if with_unnamed else []
@@ -99,7 +99,7 @@ def palette_masks(
 
 
 def _numbered(image: np.ndarray) -> list[str]:
-    """Ids 1 ... n of the objects of an image uint8 [height, width] of ids, n its highest id.
+    """Ids 1 ... n of the objects of an image [height, width] of ids, n its highest id.
 
     This is how davis2017-evaluation counts (DAVIS.get_all_masks): an id that is left out counts as an empty object.
     """
@@ -107,11 +107,11 @@ def _numbered(image: np.ndarray) -> list[str]:
 
 
 def image_masks(video: str, objects: dict[str, Sequence[Path]], height: int, width: int) -> dict[str, Masks | Problem]:
-    """From one image a frame and object; what is not 0 is the object."""
+    """From one image a frame and object; what is not 0, in any channel, is the object."""
     found: dict[str, Masks | Problem] = {}
     for name, files in objects.items():
         try:
-            found[name] = [encode_mask(_image(file, height, width) > 0) for file in files]
+            found[name] = [encode_mask(np.any(_channels(file, height, width), 0)) for file in files]
         except InputError as error:
             found[name] = Problem("bad mask", video, f"video {video}: {error}")
     return found
@@ -142,15 +142,24 @@ def _polygon(polygon: Sequence[tuple[float, float]], height: int, width: int) ->
     return np.array(canvas)
 
 
-def _image(file: Path, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width] of a palette or grey image; a coloured one is grey when all channels agree."""
+def _ids(file: Path, height: int, width: int) -> np.ndarray:
+    """Pixel values [height, width] of a palette or grey image; a coloured one is grey when all channels agree."""
+    first, *others = _channels(file, height, width)
+    if any((first != other).any() for other in others):
+        raise InputError(f"{file} is in colour, so its pixels are no ids: it must be a palette or grey image")
+    return first
+
+
+def _channels(file: Path, height: int, width: int) -> list[np.ndarray]:
+    """Pixel values [height, width] of each channel: of one, or in other than palette and grey images of three."""
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))
+            bands = [image] if image.mode in ("P", "L", "1", "I;16") else image.convert("RGB").split()
+            found = [np.asarray(band) for band in bands]
     except FileNotFoundError:
         raise InputError(f"{file} is missing") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
-    if pixels.shape != (height, width):
-        raise InputError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the frame {width}x{height}")
-    return pixels.astype(np.uint8)
+    if found[0].shape != (height, width):
+        raise InputError(f"{file} is {found[0].shape[1]}x{found[0].shape[0]} pixels, the frame {width}x{height}")
+    return found
