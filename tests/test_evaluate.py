@@ -159,12 +159,12 @@ def test_revos_overall_does_not_weigh_by_the_number_of_expressions():
 
 
 def test_other_peoples_images(tmp_path, data):
-    """Whatever is not 0 is the object: palette images with index 1, grey, one bit, colour."""
+    """Whatever is not 0 is the object: palette images with index 1, grey, one bit, any colour."""
     forms = {
         "00000": lambda mask: Image.fromarray(mask.astype(np.uint8), "P"),
         "00001": lambda mask: Image.fromarray(mask.astype(np.uint8)),
         "00002": lambda mask: Image.fromarray(mask),
-        "00003": lambda mask: Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"),
+        "00003": lambda mask: Image.fromarray(mask[..., None] * np.array([0, 0, 1], np.uint8)),
     }
     for (video, expression), truth in truths(data, "mevis_valid_u").items():
         folder = tmp_path / video / expression

@@ -6,10 +6,11 @@ import io
 import os
 import shutil
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from revseg_jax.errors import InputError
 
@@ -43,7 +44,7 @@ def _png(mask: np.ndarray) -> bytes:
 
 
 def read_prediction(folder: Path, frame_names: Sequence[str], height: int, width: int) -> np.ndarray | None:
-    """bool [T, height, width], what is not 0; None when the folder is not there.
+    """bool [T, height, width], what is not 0 in any channel; None when the folder is not there.
 
     Raises InputError for a frame that is missing, unreadable or of another size.
     """
@@ -56,14 +57,15 @@ def read_prediction(folder: Path, frame_names: Sequence[str], height: int, width
 
 
 def read_mask(path: Path, height: int, width: int) -> tuple[np.ndarray, str]:
-    """Pixel values [height, width] and Pillow's mode of a prediction."""
+    """Pixel values [height, width] and Pillow's mode of a prediction; of a coloured one the highest of each pixel."""
     try:
         with Image.open(path) as image:
             mode = image.mode
-            pixels = np.asarray(image if mode in ("L", "P", "1") else image.convert("L"))
+            grey = mode in ("L", "P", "1", "I;16")
+            pixels = np.asarray(image if grey else reduce(ImageChops.lighter, image.convert("RGB").split()))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: every frame needs a mask, an empty one too") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if pixels.shape != (height, width):
         raise InputError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the video {width}x{height}")
