@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def test_other_peoples_images(tmp_path, data):
 def test_davis_protocols(tmp_path, data):
     """Annotator 0 swaps the objects: fatal for each expression, repaired by the matching of the merged masks.
     Annotator 1's second mask covers both objects: where masks overlap the first wins, which makes it right.
-    Annotator 3 does not find the second object. The third has no expression: nobody finds it.
+    Annotator 3 has no prediction of the second object. The third has no expression: nobody finds it.
     Void pixels count for (b) only."""
     objects = [np.stack(trees.DAVIS_OBJECTS[k]) for k in (1, 2)]
 
@@ -191,15 +192,16 @@ def test_davis_protocols(tmp_path, data):
         if annotator == 1:
             return objects[0] | (objects[1] if k else False)
         if annotator == 3 and k == 1:
-            return np.zeros_like(masks)
+            return None
         return masks | trees.box(60, 20, 6) if annotator == 2 and k == 0 else masks
 
     written = write_all(data, "ref_davis17", tmp_path, change)
     found = rows(data, "ref_davis17", tmp_path)
     assert found["Ref-DAVIS17 (a)"].jf == pytest.approx((200 + 200 + 200 + 100) / 3 / 4)
     truth = truths(data, "ref_davis17")
-    j, f = np.mean([jf(masks, truth[key]) for key, masks in written.items()], axis=0)
+    j, f = np.sum([jf(masks, truth[key]) for key, masks in written.items()], axis=0) / len(truth)
     assert (found["Ref-DAVIS17 (b)"].j, found["Ref-DAVIS17 (b)"].f) == pytest.approx((j, f))
+    assert [row.missing for row in found.values()] == [1, 1]
     assert j < 75  # the swap alone costs a quarter
 
 
@@ -230,6 +232,25 @@ def test_a_missing_prediction_has_no_ignored_pixels_either(tmp_path):
     scores = [score_video(truth, benchmark, tmp_path / name).expressions[0] for name in ("absent", "empty")]
     assert [score.missing for score in scores] == [True, False]
     assert [score.union for score in scores] == [10 * 20] * 2
+
+
+def test_scoring_holds_one_prediction_at_a_time(tmp_path):
+    frames, size = 6, (90, 160)
+    masks = np.zeros((frames, *size), bool)
+    masks[:, 20:40, 30:60] = True
+    names, rle = tuple(f"{t:05d}" for t in range(frames)), encode_mask(masks[0])
+    peaks = []
+    for count in (2, 20):
+        expressions = [VideoExpression(str(n), "it", "motion", (0,)) for n in range(count)]
+        for expression in expressions:
+            write_prediction(prediction_folder(tmp_path, "v", expression.id), names, masks)
+        truth = VideoTruth("v", *size, names, {"1": [rle] * frames}, expressions)
+        tracemalloc.start()
+        scores = score_video(truth, BENCHMARKS["mevis_valid_u"], tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [score.j for score in scores.expressions] == [1] * count
+    assert peaks[1] - peaks[0] < masks.nbytes
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, data):

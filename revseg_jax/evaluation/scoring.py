@@ -93,11 +93,12 @@ def _score_number(data: str, benchmark: Benchmark, root: Path, number: int) -> V
 
 
 def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoScores:
-    """The scores of one video's predictions."""
+    """The scores of one video's predictions. One is in memory at a time, but for Ref-DAVIS17's, which are merged."""
     size = truth.height, truth.width
     objects = {name: np.stack([decode_mask(rle, *size) for rle in masks]) for name, masks in truth.objects.items()}
     void, foreground = objects.pop(VOID, None), objects.pop(FOREGROUND, None)
     order = list(truth.objects)
+    merged = benchmark.protocol == "davis"
     scores, predicted = [], []
     for expression in truth.expressions[: 1 if benchmark.first_expression else None]:
         mask = read_prediction(prediction_folder(root, truth.video_id, expression.id), truth.frame_names, *size)
@@ -108,11 +109,11 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
         if benchmark.protocol == "images" and void is not None:
             wanted &= ~void
             mask = None if mask is None else mask & ~void
+        if merged:
+            predicted.append(np.zeros_like(wanted) if mask is None else mask)
         if mask is None:
             scores.append(ExpressionScore(*names, True, 0.0, 0.0, 0.0, 0, int(wanted.sum())))
-            predicted.append(np.zeros_like(wanted))
             continue
-        predicted.append(mask)
         robustness = 0.0
         if foreground is not None:
             wrong = np.count_nonzero(mask & ~wanted, axis=(1, 2))
@@ -129,7 +130,7 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
             )
         )
     annotators = None
-    if benchmark.protocol == "davis":
+    if merged:
         annotators = _annotators(truth, [objects[name] for name in order if name in objects], order, predicted, void)
     return VideoScores(scores, annotators)
 
