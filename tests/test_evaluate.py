@@ -312,6 +312,20 @@ def test_benchmarks_find_their_data(data):
         find_data([str(data)], ["kinetics"])
 
 
+def test_data_in_two_folders_is_refused(tmp_path, data):
+    """But a folder may be named twice, and another one lie beside that is not asked for."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "prepared.json").write_bytes((data / "mevis/prepared.json").read_bytes())
+    (tmp_path / "again").symlink_to(data / "mevis")
+    with pytest.raises(InputError, match=f"mevis_valid_u.* in both {data / 'mevis'} and {copy}"):
+        find_data([str(data), str(copy)], ["mevis_valid_u"])
+    with pytest.raises(InputError, match="in both"):
+        find_data([str(data), str(copy)], ["all"])
+    assert find_data([str(data), str(copy)], ["revos"]) == {"revos": data / "revos"}
+    assert find_data([str(data / "mevis"), str(data / "mevis"), str(tmp_path / "again")], ["mevis_valid_u"])
+
+
 # --- submissions -----------------------------------------------------------------------------------------------------
 
 

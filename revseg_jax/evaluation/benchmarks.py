@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,17 +64,24 @@ def find_data(folders: list[str], names: list[str]) -> dict[str, Path]:
     """The prepared folder of each benchmark asked for, in the papers' order whatever the order of `names`; "all" stands
     for every one whose data is there.
 
-    folders: prepared ones, or folders that hold prepared ones. Raises InputError for a benchmark without data.
+    folders: prepared ones, or folders that hold prepared ones. Raises InputError for a benchmark without data, or with
+    data in two of them.
     """
-    prepared: dict[tuple[str, str], Path] = {}
+    places: dict[Path, Path] = {}  # by where they really are: a folder that is named twice is one
     for folder in map(Path, folders):
         inner = [] if (folder / MARKER).exists() else sorted(path.parent for path in folder.glob(f"*/{MARKER}"))
-        for path in inner or [folder]:
-            content = read_prepared(path)
-            prepared |= {(content["dataset"], split): path for split in content["expressions"]}
+        places |= {path.resolve(): path for path in inner or [folder]}
+    prepared: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path in places.values():
+        content = read_prepared(path)
+        for split in content["expressions"]:
+            prepared[content["dataset"], split].append(path)
     wanted = BENCHMARKS if names == ["all"] else {get_benchmark(name).name for name in names}
     chosen = [benchmark for benchmark in BENCHMARKS.values() if benchmark.name in wanted]
-    found = {b.name: prepared[b.dataset, b.split] for b in chosen if (b.dataset, b.split) in prepared}
+    for b in chosen:
+        if len(several := prepared[b.dataset, b.split]) > 1:
+            raise InputError(f"benchmark {b.name}: its data is in both {several[0]} and {several[1]}: name one of them")
+    found = {b.name: prepared[b.dataset, b.split][0] for b in chosen if prepared[b.dataset, b.split]}
     lacking = [benchmark for benchmark in chosen if benchmark.name not in found]
     if lacking and names != ["all"]:
         b = lacking[0]
