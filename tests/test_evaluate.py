@@ -22,7 +22,7 @@ from revseg_jax.chain.parsing import parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.cli import main
 from revseg_jax.data.clip import decode_mask, encode_mask
 from revseg_jax.data.prepare import prepare
-from revseg_jax.data.records import VOID, VideoExpression, VideoTruth
+from revseg_jax.data.records import FOREGROUND, VOID, VideoExpression, VideoTruth
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
@@ -130,7 +130,7 @@ def test_missing_predictions_count_nothing(tmp_path, data):
 
 
 def test_revos(tmp_path, data):
-    """Overall is the unweighted mean of the two kinds. What is said about nothing enters the robustness alone."""
+    """Overall is the unweighted mean of the two kinds. What is said about nothing enters an R of its own alone."""
 
     def change(key, masks):
         if key[1] == "1":
@@ -145,18 +145,40 @@ def test_revos(tmp_path, data):
     assert found["ReVOS overall"].jf == 50 and found["ReVOS overall"].missing == 1
     everything = [np.any([m[t] for m in trees.MEVIS_OBJECTS.values() if m[t] is not None], 0) for t in range(4)]
     robustness = np.mean([1 - 100 / mask.sum() for mask in everything])
-    assert found["ReVOS overall"].others["robustness"] == pytest.approx(100 * robustness, abs=1e-3)
+    others = {"official R": 50, "R of non-existent objects": 100 * robustness}
+    assert found["ReVOS overall"].others == pytest.approx(others, abs=1e-3)
+
+
+def test_the_official_r_of_revos_sums_bytes(tmp_path):
+    """Of 0 and 255, which wrap around where an expression's objects overlap: by hand for one pixel too many."""
+    a, b, size = trees.box(4, 4, 12), trees.box(10, 4, 12), (HEIGHT, WIDTH)
+    objects = {"1": [encode_mask(a)] * 2, "2": [encode_mask(b)] * 2, FOREGROUND: [encode_mask(trees.box(0, 0, 48))] * 2}
+    kinds = [("referring", (0, 1)), ("reasoning", (0,)), ("non-existent", ())]
+    expressions = [VideoExpression(str(n), "it", *kind) for n, kind in enumerate(kinds)]
+    truth = VideoTruth("v", *size, ("0", "1"), objects, expressions)
+    for number, mask in enumerate([a | b | trees.box(70, 40, 1), a | trees.box(70, 40, 1), trees.box(0, 0, 12)]):
+        frames = np.stack([mask, np.ones(size, bool)])  # the second is so wrong that its R is 0, not negative
+        write_prediction(prediction_folder(tmp_path, "v", str(number)), ("0", "1"), frames)
+    scores = score_video(truth, BENCHMARKS["revos"], tmp_path).expressions
+    everything, both = 48 * 48, (a & b).sum()
+    official = [(1 - (255 + both) / everything) / 2, (1 - 255 / everything) / 2, 0]
+    assert [score.official_robustness for score in scores] == pytest.approx(official)
+    wholes = (1 - (HEIGHT * WIDTH - np.array([(a | b).sum(), a.sum(), 0])) / everything).clip(0)
+    assert [score.robustness for score in scores] == pytest.approx(
+        (1 - np.array([1, 1, 144]) / everything + wholes) / 2
+    )
 
 
 def test_revos_overall_does_not_weigh_by_the_number_of_expressions():
     def scores(kind, j, robustness):
-        return ExpressionScore("v", "0", kind, False, j, j / 2, robustness, 0, 0)
+        return ExpressionScore("v", "0", kind, False, j, j / 2, robustness, j / 3, 0, 0)
 
     kinds = [("referring", 0.9, 0.0)] * 3 + [("reasoning", 0.3, 0.0)] + [("non-existent", 1.0, r) for r in (0.2, 0.6)]
     found = {row.title: row for row in rows_of(BENCHMARKS["revos"], [VideoScores([scores(*k) for k in kinds], None)])}
     overall = found["ReVOS overall"]
     assert (overall.j, overall.f, overall.jf) == pytest.approx((60, 30, 45)) and overall.expressions == 4
-    assert overall.others == {"robustness": pytest.approx(40)}
+    assert overall.others == pytest.approx({"official R": 20, "R of non-existent objects": 40})
+    assert found["ReVOS reasoning"].others == pytest.approx({"official R": 10})
 
 
 def test_other_peoples_images(tmp_path, data):

@@ -67,15 +67,25 @@ def davis(title: str, videos: Sequence[VideoScores]) -> list[Row]:
 
 
 def revos(title: str, videos: Sequence[VideoScores]) -> list[Row]:
+    """There are two Rs. The official one, of VISA's tools/eval_revos.py, is over the expressions that have objects and
+    counts a wrong pixel 255 times, so that few of them make it 0. Beside it stands what R is said to tell, how much is
+    segmented where nothing should be: over the expressions about what is not there, with a wrong pixel as one."""
+
+    def mean(name: str, values: Sequence[float]) -> dict[str, float]:
+        return {name: 100 * float(np.mean(values))} if values else {}
+
     scores = _all(videos)
     of = {kind: [s for s in scores if s.kind == kind] for kind in ("referring", "reasoning", "non-existent")}
-    rows = [_row(f"{title} {kind}", of[kind], MEAN) for kind in ("referring", "reasoning")]
+    rows = [
+        _row(f"{title} {kind}", of[kind], MEAN, **mean("official R", [score.official_robustness for score in of[kind]]))
+        for kind in ("referring", "reasoning")
+    ]
     if all(row.expressions for row in rows):
         j, f = (float(np.mean([getattr(row, name) for row in rows])) for name in ("j", "f"))
-        robust = [score.robustness for score in of["non-existent"]]
-        others = {"robustness": 100 * float(np.mean(robust))} if robust else {}
+        others = {"official R": float(np.mean([row.others["official R"] for row in rows]))}
+        others |= mean("R of non-existent objects", [score.robustness for score in of["non-existent"]])
         count, missing = sum(row.expressions for row in rows), sum(row.missing for row in rows)
-        note = "unweighted mean of referring and reasoning; robustness over non-existent objects"
+        note = "unweighted mean of referring and reasoning"
         rows.append(Row(f"{title} overall", j, f, (j + f) / 2, note, count, missing, others))
     return rows
 

@@ -27,8 +27,8 @@ ANNOTATORS = 4  # of Ref-DAVIS17
 
 @dataclass(frozen=True)
 class ExpressionScore:
-    """j, f: means over the frames, in [0, 1]; 0 when there is no prediction. robustness: R of ReVOS, the mean over
-    frames of max(0, 1 - wrong pixels / pixels of any object). intersection, union: pixels of all frames."""
+    """j, f: means over the frames, in [0, 1]; 0 when there is no prediction. robustness, official_robustness: R of
+    ReVOS as `_robustness` has it. intersection, union: pixels of all frames."""
 
     video: str
     expression: str
@@ -37,6 +37,7 @@ class ExpressionScore:
     j: float
     f: float
     robustness: float
+    official_robustness: float
     intersection: int
     union: int
 
@@ -112,19 +113,18 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
         if merged:
             predicted.append(np.zeros_like(wanted) if mask is None else mask)
         if mask is None:
-            scores.append(ExpressionScore(*names, True, 0.0, 0.0, 0.0, 0, int(wanted.sum())))
+            scores.append(ExpressionScore(*names, True, 0.0, 0.0, 0.0, 0.0, 0, int(wanted.sum())))
             continue
-        robustness = 0.0
+        robust = (0.0, 0.0)
         if foreground is not None:
-            wrong = np.count_nonzero(mask & ~wanted, axis=(1, 2))
-            robustness = float(np.maximum(1 - wrong / (np.count_nonzero(foreground, axis=(1, 2)) + 1e-6), 0).mean())
+            robust = _robustness(mask, [objects[order[position]] for position in expression.objects], foreground)
         scores.append(
             ExpressionScore(
                 *names,
                 False,
                 float(region_similarity(mask, wanted).mean()),
                 float(contour_accuracy(mask, wanted).mean()),
-                robustness,
+                *robust,
                 int(np.count_nonzero(mask & wanted)),
                 int(np.count_nonzero(mask | wanted)),
             )
@@ -133,6 +133,24 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
     if merged:
         annotators = _annotators(truth, [objects[name] for name in order if name in objects], order, predicted, void)
     return VideoScores(scores, annotators)
+
+
+def _robustness(mask: np.ndarray, objects: Sequence[np.ndarray], foreground: np.ndarray) -> tuple[float, float]:
+    """Two readings of ReVOS's R, the mean over frames of max(0, 1 - wrong pixels / pixels of any object).
+
+    First with a wrong pixel as one pixel. Then as VISA's tools/eval_revos.py computes it from images of 0 and 255, such
+    as VISA writes: it sums bytes, (1 - objects that cover the pixel) * 255, so that a wrong pixel counts 255, and one
+    that k > 1 of the expression's objects cover, which is right, k - 1.
+    """
+    covered = np.zeros(mask.shape, np.uint8)
+    for of_object in objects:
+        covered += of_object
+    predicted = [of_frame[shown] for of_frame, shown in zip(covered, mask, strict=True)]
+    wrong = np.array([np.count_nonzero(values == 0) for values in predicted])
+    again = np.array([np.sum(values[values > 1] - 1) for values in predicted])
+    total = np.array([np.count_nonzero(of_frame) for of_frame in foreground]) + 1e-6
+    plain, official = (float(np.maximum(1 - pixels / total, 0).mean()) for pixels in (wrong, 255 * wrong + again))
+    return plain, official
 
 
 def _annotators(
