@@ -18,6 +18,7 @@ from revseg_jax.evaluation.protocols import Row, rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
 from revseg_jax.evaluation.table import markdown, terminal
+from revseg_jax.paths import write_whole
 from revseg_jax.policy.checkpoint import policy_digest, read_chain, resolve_folder
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
@@ -39,7 +40,7 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
         settings = _settings_with(folder, _settings(config, client.info().model, sampled, data))
         loaded = load_engine(config)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         engine = loaded.engine if sampled else loaded.greedy
         for name, path in data.items():
             params = loaded.trained, loaded.frozen
@@ -106,5 +107,5 @@ def _settings_with(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _write_results(folder: Path, rows: Sequence[Row], failures: dict[str, Counter[str]]) -> None:
     content = {"rows": [dataclasses.asdict(row) for row in rows], "failures": failures}
-    (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "results.md").write_text(markdown(rows))
+    write_whole(folder / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_whole(folder / "results.md", markdown(rows))

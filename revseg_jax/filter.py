@@ -6,7 +6,6 @@ The paper's quality filter (arXiv 2512.02835): all queries of a video go when it
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.metrics import region_similarity
-from revseg_jax.paths import local_only
+from revseg_jax.paths import local_only, write_whole
 from revseg_jax.tracker.client import TrackerClient, description
 from revseg_jax.train import tracker_client
 
@@ -76,9 +75,7 @@ def _score_all(folder: Path, source: ClipSource, client: TrackerClient, tracker:
         if record["tracker"].get("model") != tracker["model"]:
             raise InputError(f"{log} holds scores of the tracker {record['tracker']['checkpoint']}: delete it to go on")
         scores[record["video"]] = record["mean_iou"]
-    partial = folder / f".{SCORES}.partial"  # whole or not at all, should the command be killed here as well
-    partial.write_text("".join(_line(video, iou, tracker) for video, iou in scores.items()))
-    os.replace(partial, log)
+    write_whole(log, "".join(_line(video, iou, tracker) for video, iou in scores.items()))
     groups: dict[str, list[int]] = {}
     for index, (video, _) in enumerate(source.ids()):
         groups.setdefault(video, []).append(index)

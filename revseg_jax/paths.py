@@ -88,5 +88,15 @@ def upload(folder: Path, target: AnyPath, last: str) -> None:
             shutil.copyfileobj(source, copy, 16 << 20)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a local file, in full or not at all: a kill, or a disk that fills up, leaves it as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def cache_folder() -> str:
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "revseg_jax")

@@ -17,6 +17,7 @@ from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.demo import DIFFICULTY
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.held_out import evaluate_policy
+from revseg_jax.paths import write_whole
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.reproduction.results import Scores, markdown, summary, terminal
 from revseg_jax.reproduction.tables import TABLES, Cell, Table
@@ -68,6 +69,7 @@ def main(
                     if found is None:
                         print("revseg: stopped by SIGTERM: the same command goes on from there", file=sys.stderr)
                         return
+                    place.mkdir(parents=True, exist_ok=True)
                     write_whole(record, json.dumps(found, indent=2) + "\n")
                 scores[cell.name][seed] = json.loads(record.read_text())
     write_results(table, folder, scores)
@@ -113,11 +115,3 @@ def write_results(table: Table, folder: Path, scores: Scores) -> None:
     write_whole(folder / "results.md", markdown(results))
     print(terminal(results))
     print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there in full or not at all."""
-    partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text)
-    partial.rename(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -485,6 +486,22 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "holds predictions of another tracker" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_no_chain(tmp_path, data):
+    """The list of finished chains is written anew at each start: one that cannot be written leaves it as it was."""
+    content = '{"video": "somewhere else", "expression": "0"}\n' * 9
+    (tmp_path / "predictions/somewhere else/0").mkdir(parents=True)
+    (tmp_path / "chains.jsonl").write_text(content)
+    limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+        with pytest.raises(OSError, match="too large"):
+            prediction.predict(BENCHMARKS["mevis_valid_u"], data / "mevis", tmp_path, None, None, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, action)
+    assert (tmp_path / "chains.jsonl").read_text() == content
 
 
 def test_frames_at_test_time_are_the_users_choice():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from revseg_jax.errors import InputError
-from revseg_jax.paths import path_of
+from revseg_jax.paths import path_of, write_whole
 
 DECISIONS = "filter.json"
 
@@ -29,9 +28,7 @@ def read_dropped(folder: str | Path, split: str) -> set[str]:
 
 def write_decisions(folder: Path, content: dict[str, Any]) -> None:
     """`content` holds `split` and `dropped`, and what a person wants to know."""
-    partial = folder / f".{DECISIONS}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, folder / DECISIONS)
+    write_whole(folder / DECISIONS, json.dumps(content, indent=2) + "\n")
 
 
 def fingerprint_without(fingerprint: str, dropped: Collection[str]) -> str:

@@ -19,6 +19,7 @@ from revseg_jax.evaluation.benchmarks import Benchmark
 from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
+from revseg_jax.paths import write_whole
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.tracker.client import Prompt, TrackerClient
 
@@ -50,8 +51,7 @@ def predict(
     if benchmark.first_expression:
         wanted = [i for i in wanted if i == 0 or ids[i][0] != ids[i - 1][0]]
     todo = [i for i in wanted if ids[i] not in records]
-    lines = "".join(json.dumps(record) + "\n" for record in records.values())
-    (folder / CHAINS).write_text(lines)
+    write_whole(folder / CHAINS, "".join(json.dumps(record) + "\n" for record in records.values()))
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=f"predict {benchmark.name}", unit="chain")
     with bar, open(folder / CHAINS, "a") as log, ThreadPoolExecutor(2) as pool:
         for clips, batch, chains in answers(engine, params, source, todo, engine.encoder.chain, seed):

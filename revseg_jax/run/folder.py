@@ -17,6 +17,7 @@ import numpy as np
 
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.paths import write_whole
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
@@ -63,8 +64,8 @@ class RunFolder:
                 conditions["earlier_starts"] = self._earlier_starts(conditions)
             else:
                 self._forget_after(-1)
-            _write_whole(self.path / "config.yaml", to_yaml(config))
-            _write_whole(self.path / "run.json", json.dumps(conditions, indent=2) + "\n")
+            write_whole(self.path / "config.yaml", to_yaml(config))
+            write_whole(self.path / "run.json", json.dumps(conditions, indent=2) + "\n")
             self._writer = MetricsWriter(self.path, config.run.wandb, dataclasses.asdict(config))
         except OSError as error:
             raise self._unwritable(error) from None
@@ -109,7 +110,7 @@ class RunFolder:
                 kept = [line for line, record in records if record and ("label" in record or record["step"] <= step)]
                 whole = "".join(f"{line}\n" for line in kept)
                 if whole != text:  # a last line may also lack its end
-                    _write_whole(path, whole)
+                    write_whole(path, whole)
         for path in (self.path / "traces").glob("*_*.jsonl"):
             number = path.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > step:
@@ -148,7 +149,7 @@ class RunFolder:
     def write_traces(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
-            _write_whole(self.path / "traces" / f"{name}.jsonl", lines)
+            write_whole(self.path / "traces" / f"{name}.jsonl", lines)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -185,16 +186,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """What a run has logged in a .jsonl file, without a line that a crash cut off; nothing when there is no file."""
     records = map(_record, path.read_text().splitlines()) if path.exists() else ()
     return [record for record in records if record]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A disk that fills up leaves the file as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _settings(config: Config) -> dict[str, str]:
