@@ -343,6 +343,8 @@ def test_box_to_original_by_hand() -> None:
     assert box_to_original((-50, -1e300, 420, 1e308), 840, 480, 854) == (0, 0, 427, 480)
     assert box_to_original((840, 0, 900, 10), 840, 480, 854) is None  # outside to the right
     assert box_to_original((0, -20, 10, 0), 840, 480, 854) is None  # outside above
+    assert box_to_original((500.00001, 0, 500.00002, 10), 840, 64, 64) is None  # no width in float32
+    assert box_to_original((839.99999999, 0, 900, 10), 840, 64, 64) is None  # begins at the edge in float32
 
 
 @given(

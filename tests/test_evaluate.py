@@ -402,6 +402,7 @@ GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</
         (GOOD, "<answer>here</answer>", "turn 2: bad JSON"),
         (GOOD, '<answer>[{"bbox_2d": [1, 2, 3]}]</answer>', "turn 2: JSON object of another form"),
         (GOOD, '<answer>[{"bbox_2d": [5, 5, 3, 9]}]</answer>', "turn 2: not x1 < x2 and y1 < y2 in finite numbers"),
+        (GOOD, '<answer>[{"bbox_2d": [-5, 5, -3, 9]}]</answer>', "turn 2: the box covers nothing of the image"),
     ],
 )
 def test_failures_by_cause(answer1, answer2, cause):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tracker_setup import (
@@ -34,14 +35,17 @@ from tracker_setup import (
     until,
 )
 
+from revseg_jax.chain.geometry import box_to_original
+from revseg_jax.chain.parsing import parse_turn2
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.tracker import TrackerClient, check, tracker_pb2_grpc
 from revseg_jax.tracker import tracker_pb2 as pb
-from revseg_jax.tracker.client import Scores
+from revseg_jax.tracker.client import Scores, _prompts
 from revseg_jax.tracker.clips import Limits
 from revseg_jax.tracker.connection import Endpoint
 from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.service import TrackerService
 from revseg_jax.tracker.upload import clip_upload
 from revseg_jax.tracker.wire import decode_masks, encode_masks
 
@@ -75,6 +79,26 @@ def test_run_lengths_from_outside_are_a_mask_or_refused(counts):
     except InputError:
         return
     assert mask.shape == (1, 5, 7)
+
+
+# --- boxes on the wire
+
+PLACES = st.floats(allow_nan=False, allow_infinity=False) | st.floats(-10, 850) | st.sampled_from([0.0, 420.0, 840.0])
+SIDES = st.floats(0, 850) | st.floats(-20, 2).map(lambda exponent: 10**exponent)  # many are lost in float32
+PIXELS = st.integers(1, 65_535)
+
+
+@settings(deadline=None)
+@given(PLACES, PLACES, SIDES, SIDES, PIXELS, PIXELS, st.sampled_from([28, 112, 840]))
+@example(500.00001, 100.0, 1e-5, 200.0, 64, 64, 840)  # thinner than float32 can say
+@example(839.99999999, 0.0, 1.0, 840.0, 64, 64, 840)  # begins just before the frame's edge
+@example(0.0, 0.0, 1e-60, 1.0, 64, 64, 840)  # ends just behind it
+def test_a_sidecar_takes_every_box_that_a_chain_may_end_with(x, y, width, height, frame_height, frame_width, size):
+    turn = parse_turn2(json.dumps([{"bbox_2d": [x, y, x + width, y + height]}]))
+    box = box_to_original(turn.box, size, frame_height, frame_width) if turn.ok else None
+    if box is not None:
+        clip = SimpleNamespace(frames=1, height=frame_height, width=frame_width)
+        assert TrackerService(None, None, Limits())._prompts(_prompts([(0, box)]), clip)[1] == [[0]]
 
 
 # --- equal to the package's own predictor
@@ -407,6 +431,7 @@ def test_a_taken_port_and_an_orphan(checkpoint, config, endpoint):
 _PARENT = """
 import sys, time
 from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.service import TrackerService
 with run_sidecar(checkpoint=sys.argv[1], config=sys.argv[2], threads=1) as endpoint:
     print(endpoint, flush=True)
     time.sleep(3600)

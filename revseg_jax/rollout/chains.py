@@ -47,4 +47,4 @@ class Rollout:
             return ""
         if not self.turn1.ok:
             return f"turn 1: {self.turn1.reason}"
-        return f"turn {1 if self.turn2.in_first else 2}: {self.turn2.reason or 'the box lies outside the image'}"
+        return f"turn {1 if self.turn2.in_first else 2}: {self.turn2.reason or 'the box covers nothing of the image'}"
