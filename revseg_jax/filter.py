@@ -83,7 +83,7 @@ def _score_all(folder: Path, source: ClipSource, client: TrackerClient, tracker:
     with (
         tqdm(total=len(groups), initial=len(groups) - len(todo), desc="filter", unit="video") as bar,
         open(log, "a") as file,
-        ThreadPoolExecutor(4) as pool,
+        ThreadPoolExecutor(4 * client.sidecars) as pool,
     ):
         for video, pairs in todo.items():
             scores[video] = _mean_iou([source[index] for index in pairs], client, pool)

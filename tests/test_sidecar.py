@@ -385,7 +385,7 @@ def test_what_was_taken_is_finished_before_the_end(checkpoint, config, tmp_path)
     under_way = lambda: metrics(serving["metrics_port"])["revseg_sidecar_calls"]  # noqa: E731
     try:
         address = f"127.0.0.1:{port}"
-        with TrackerClient([address], concurrency=4) as client, slow_channel(address) as slow:
+        with TrackerClient([address]) as client, slow_channel(address) as slow:
             alone = [client.score(clip, prompts, truth) for prompts in work]
             masks = tracker_pb2_grpc.TrackerStub(slow).Track(track_request(clip_upload(clip, 128), many))
             taken = len(next(masks).masks)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, slow_channel, some_prompts, track_request, until
 
+from revseg_jax.chain.parsing import Turn1, Turn2
+from revseg_jax.config import load_config
+from revseg_jax.data.example import make_example, stack
+from revseg_jax.data.source import ClipSource
+from revseg_jax.data.synthetic_builder import prepare_synthetic
+from revseg_jax.evaluation import held_out
+from revseg_jax.evaluation.chains import tracking_threads
+from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.loading import load_engine
+from revseg_jax.run.interruption import Interrupted, heed_sigterm
 from revseg_jax.tracker import SidecarAway, TrackerClient, connection, tracker_pb2_grpc
 from revseg_jax.tracker.clips import ClipStore, Limits
 from revseg_jax.tracker.engine import Engine
@@ -121,3 +134,73 @@ def test_slow_callers_keep_nobody_waiting(serving):
             assert sending.result(300).clip_held
             assert sum(len(reply.masks) for reply in masks) == 12 * 11
     until(lambda: service.calls == 0)
+
+
+def test_all_sidecars_are_kept_busy(serving):
+    (one, port), (other, other_port) = serving(), serving()
+    clips, truth = [moving_shapes(1, seed=seed) for seed in range(8)], np.ones((1, HEIGHT, WIDTH), bool)
+    with TrackerClient([f"127.0.0.1:{port}", f"127.0.0.1:{other_port}"]) as client:
+        client.info()
+        with one.engine.turns.arrive().turn(), other.engine.turns.arrive().turn():
+            scores = [client.score_async(clip, [(0, BOX)], truth) for clip in clips]
+            until(lambda: [len(service.engine.turns) for service in (one, other)] == [4, 4])
+        assert all(score.result(300).j.shape == (1,) for score in scores)
+        clips = [moving_shapes(1, seed=seed) for seed in range(8, 12)]  # new ones, which go to the sidecars in turn
+        with one.engine.turns.arrive().turn(), other.engine.turns.arrive().turn(), tracking_threads(client) as pool:
+            masks = pool.map(lambda clip: client.track(clip, [(0, BOX)]), clips)
+            until(lambda: [len(service.engine.turns) for service in (one, other)] == [2, 2])
+        assert len(list(masks)) == 4
+
+
+def test_threads_that_are_left_early_begin_nothing_new():
+    begun, go_on = [], threading.Event()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        go_on.wait(5)
+
+    with pytest.raises(KeyError), tracking_threads(None) as pool:
+        pool.map(work, range(4))
+        until(lambda: len(begun) == 2)
+        raise KeyError
+    assert begun == [0, 1]
+    go_on.set()
+
+
+class Ended(TrackerClient):
+    """Notes how many of its calls have ended."""
+
+    calls = 0
+
+    def track(self, *arguments):
+        try:
+            return super().track(*arguments)
+        finally:
+            self.calls += 1
+
+
+def test_an_evaluation_that_is_left_waits_for_no_tracker(serving, tmp_path, monkeypatch):
+    """SIGTERM while the model is busy with somebody else."""
+    service, port = serving()
+    prepare_synthetic(tmp_path / "clips", "easy", 0, 6, seed=1, progress=False)
+    source = ClipSource([tmp_path / "clips"], "test")
+    config = load_config(Path(__file__).parents[1] / "configs/demo.yaml", ["run.dir=.", "data.test_clips=6"])
+    turn1, turn2 = Turn1(True, 0, "it", 1.0, ""), Turn2(True, BOX, 1.0, "")
+
+    def answers(engine, params, source, chosen, chain):  # what a policy would say
+        clips = [source[int(i)] for i in chosen]
+        batch = stack([make_example(clip, i, chain) for i, clip in zip(chosen, clips, strict=True)])
+        yield clips, batch, [Rollout("", "", turn1, turn2, (5.0, 5.0, 50.0, 50.0), False, 9)] * len(clips)
+
+    def terminate() -> None:
+        until(lambda: len(service.engine.turns) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(held_out, "answers", answers)
+    loaded = load_engine(config)
+    with Ended([f"127.0.0.1:{port}"], deadline_seconds=10) as client, heed_sigterm() as interruption:
+        with service.engine.turns.arrive().turn():
+            threading.Thread(target=terminate).start()
+            with pytest.raises(Interrupted), interruption.at_once():
+                held_out.evaluate_policy(loaded.greedy, None, source, config, client, "it")
+            assert client.calls == 0

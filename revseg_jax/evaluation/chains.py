@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,17 @@ def tracker_prompts(clips: list[Clip], batch: Batch, chains: list[Rollout]) -> l
         (clip, (int(batch.sampled[b, rollout.turn1.frame_idx]), rollout.box) if rollout.ok else None)
         for b, (clip, rollout) in enumerate(zip(clips, chains, strict=True))
     ]
+
+
+@contextmanager
+def tracking_threads(client: TrackerClient | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads to `track` in, two a sidecar. Left by an error or a signal they give up what is queued, and what is under
+    way is not waited for."""
+    pool = ThreadPoolExecutor(2 * (client.sidecars if client else 1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def track(client: TrackerClient | None, clip: Clip, prompt: Prompt | None) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from revseg_jax.config import Config
 from revseg_jax.data.clip import Clip, decode_mask, encode_mask
 from revseg_jax.data.example import Batch
 from revseg_jax.data.source import ClipSource
-from revseg_jax.evaluation.chains import answers, track, tracker_prompts
+from revseg_jax.evaluation.chains import answers, track, tracker_prompts, tracking_threads
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.parallel.processes import agree, leads
 from revseg_jax.parallel.rows import gather_shares, process_share
@@ -92,7 +91,7 @@ def evaluate_policy(
     scored: list[Scored] = []
     away: str | None = None
     bar = tqdm(total=len(own), desc=f"evaluate {label}", unit="chain", disable=not leads() or None)
-    with ThreadPoolExecutor(2) as pool:
+    with tracking_threads(client) as pool:
         for clips, batch, chains in answers(engine, params, source, filled, config.chain):
             if away:
                 continue  # the other processes sample with this one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from revseg_jax.data.clip import Clip, decode_mask
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.benchmarks import Benchmark
-from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts
+from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts, tracking_threads
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
 from revseg_jax.paths import write_whole
@@ -53,7 +52,7 @@ def predict(
     todo = [i for i in wanted if ids[i] not in records]
     write_whole(folder / CHAINS, "".join(json.dumps(record) + "\n" for record in records.values()))
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=f"predict {benchmark.name}", unit="chain")
-    with bar, open(folder / CHAINS, "a") as log, ThreadPoolExecutor(2) as pool:
+    with bar, open(folder / CHAINS, "a") as log, tracking_threads(client) as pool:
         for clips, batch, chains in answers(engine, params, source, todo, engine.encoder.chain, seed):
             prompts = tracker_prompts(clips, batch, chains)
             scores = pool.map(partial(_track_and_write, client, root, truth), prompts)

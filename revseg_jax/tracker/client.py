@@ -51,19 +51,23 @@ class TrackerClient:
         endpoints: Sequence[str],
         deadline_seconds: float = 120.0,
         patience_seconds: float = 60.0,
-        concurrency: int = 4,
         token: str | None = None,
         tls: TLS | None = None,
     ):
-        """endpoints: "host:port" each. concurrency: how many `score_async` calls are under way at once.
+        """endpoints: "host:port" each. token: the sidecars' bearer token; it goes over TLS, or to this machine, only.
 
-        token: the sidecars' bearer token; it goes over TLS, or to this machine, only. tls: see `TLS`.
+        tls: see `TLS`.
         """
         self._connections = Connections(endpoints, patience_seconds, tls, token)
         self._deadline = deadline_seconds
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="score")
+        self._pool = ThreadPoolExecutor(4 * self.sidecars, thread_name_prefix="score")
         self._first: pb.InfoReply | None = None
         self._lock = threading.Lock()
+
+    @property
+    def sidecars(self) -> int:
+        """How many there are. Each is kept busy by a few calls at a time."""
+        return len(self._connections.endpoints)
 
     def track(self, clip: ClipFrames, prompts: Sequence[Prompt], frames: Sequence[int] | None = None) -> np.ndarray:
         """Masks bool [prompts, T, H, W], or [prompts, len(frames), H, W] when only some frames are asked for.
@@ -178,7 +182,7 @@ class TrackerClient:
         return self._connections.call(ask, upload)
 
     def score_async(self, *args, **kwargs) -> Future[Scores]:
-        """`score` in the background."""
+        """`score` in the background; four calls a sidecar are under way at once."""
         return self._pool.submit(self.score, *args, **kwargs)
 
     def info(self) -> pb.InfoReply:
