@@ -103,6 +103,7 @@ def await_tracker(client: TrackerClient, patience: float) -> dict[str, Any]:
             if leads() and not told:
                 print(f"revseg: {error}; waiting for up to {patience:.0f} s", file=sys.stderr)
             told = True
+            time.sleep(1.0)  # for one that fails at once
 
 
 def run_steps(

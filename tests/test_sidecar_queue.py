@@ -108,6 +108,39 @@ def test_a_sidecar_that_comes_back_is_asked_again(model, monkeypatch):
         second.stop(grace=None).wait()
 
 
+def test_what_fails_at_one_sidecar_is_tried_once_at_another(serving, monkeypatch):
+    """Out of memory, say, or too slow for the deadline. When the other fails as well, training is to save and stop."""
+    (one, port), (other, other_port) = serving(), serving()
+    endpoints, tried = [f"127.0.0.1:{port}", f"127.0.0.1:{other_port}"], []
+    clip, truth = moving_shapes(1), np.ones((1, HEIGHT, WIDTH), bool)
+    for service in (one, other):
+        service.watchers = [lambda call, service=service: tried.append((call.method, service))]
+
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    with TrackerClient(endpoints) as client, TrackerClient(endpoints[:1]) as alone:
+        expected = client.track(clip, [(0, BOX)])
+        home, another = (one, other) if one.engine.misses else (other, one)
+        monkeypatch.setattr(home.engine, "track", out_of_memory)
+        np.testing.assert_array_equal(client.track(clip, [(0, BOX)]), expected)
+        monkeypatch.setattr(another.engine, "track", out_of_memory)
+        del tried[:]
+        with pytest.raises(SidecarAway, match="failed: INTERNAL RuntimeError: CUDA out of memory"):
+            client.score(clip, [(0, BOX)], truth)
+        assert sorted(service is home for method, service in tried if method == "Score") == [False, True]
+        with pytest.raises(SidecarAway, match="failed: INTERNAL RuntimeError: CUDA out of memory"):
+            alone.track(clip, [(0, BOX)])
+        monkeypatch.undo()
+        client._deadline = 1.0
+        with one.engine.turns.arrive().turn(), other.engine.turns.arrive().turn():
+            with pytest.raises(SidecarAway, match="did not answer in time"):
+                client.track(clip, [(0, BOX)])
+            assert one.calls == other.calls == 1
+        client._deadline = 120.0
+        np.testing.assert_array_equal(client.track(clip, [(0, BOX)]), expected)
+
+
 def test_slow_callers_keep_nobody_waiting(serving):
     """One stops in the middle of sending a clip, one takes no masks; a third gets its answers."""
     service, port = serving()

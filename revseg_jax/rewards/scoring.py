@@ -52,7 +52,7 @@ def request_rewards(
 def collect_rewards(
     config: RewardsConfig, chain: ChainConfig, batch: Batch, pending: PendingRewards
 ) -> list[list[RolloutReward]]:
-    """Waits for the scores and gives each rollout its reward. Raises RunFailure when no sidecar answers."""
+    """Waits for the scores and gives each rollout its reward. Raises SidecarAway when no sidecar answers."""
     rewards = []
     for b, (row, future) in enumerate(zip(pending.chains, pending.scores, strict=True), start=pending.first):
         count = batch.frame_count[b]

@@ -38,12 +38,12 @@ class TrackerClient:
     Clips go to the sidecars in turn, and a clip that came before goes to the same one, which has its features; while
     that one is away, to the next. A sidecar that has answered before may be away for `patience_seconds` (it is being
     started again, say), or too busy to take a call, before the call fails with SidecarAway; one that never answered,
-    for 10 s. `deadline_seconds` bounds each single request.
+    for 10 s. `deadline_seconds` bounds each single request. What fails at one sidecar is tried once at another.
 
     All sidecars must run the model of the first that answers: masks and scores of two models are never mixed.
 
-    All calls raise InputError when the input is refused and RunFailure when no sidecar gives an answer; SidecarAway is
-    one of these, also for a sidecar with another model.
+    All calls raise InputError when the input is refused and SidecarAway, a RunFailure, when no sidecar gives an answer,
+    also for a sidecar with another model.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TrackerClient:
 
         open_frames begins to read the clip anew each time it is called: uint8 [H, W, 3] frames of one size. Yields
         (index into prompts, frame, mask bool [H, W]) in the order of tracking: from the keyframe to the end, then from
-        the keyframe to the start. Without a deadline.
+        the keyframe to the start. Without a deadline. Raises RunFailure when the sidecar fails after its first mask.
         """
         first = self._first_info()
         upload = stream_upload(open_frames, first.image_size)

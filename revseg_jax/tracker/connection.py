@@ -25,6 +25,11 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0  # between attempts
 LEFT_OUT_SECONDS = 5.0  # how long a sidecar that went away is passed over while there are others
 ASK_FIRST_BYTES = 64 << 10  # larger clips are sent only after the sidecar said that it does not hold them
 REMEMBERED_CLIPS = 10_000
+REFUSALS = (  # what another sidecar would say as well
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # the environment's proxy is for the web
     ("grpc.max_receive_message_length", REPLY_BYTES),
@@ -37,8 +42,8 @@ CHANNEL_OPTIONS = [
 
 
 class SidecarAway(RunFailure):
-    """No sidecar answered, or none had room, for as long as the client is patient; or one runs another model than the
-    first that answered, and is as good as away."""
+    """No sidecar answered, or none had room, for as long as the client is patient; or two in a row, or the only one,
+    failed at the call; or one runs another model than the first that answered, and is as good as away."""
 
 
 def check(host: str, port: int, seconds: float = 5.0, tls: TLS | None = None) -> bool:
@@ -112,8 +117,11 @@ class Connections:
         self._closed = threading.Event()
 
     def call(self, ask: Callable[[Endpoint], Answer], upload: Upload | None = None) -> Answer:
-        """Asks the clip's endpoint, the others when it is away, and again until patience is over (SidecarAway)."""
-        began, pause, evictions = time.monotonic(), FIRST_PAUSE_SECONDS, 0
+        """Asks the clip's endpoint, the others when it is away, and again until patience is over (SidecarAway).
+
+        When one fails at the call (it is out of memory, or too slow for the deadline), another is asked, once.
+        """
+        began, pause, evictions, elsewhere = time.monotonic(), FIRST_PAUSE_SECONDS, 0, len(self.endpoints) > 1
         failed: set[Endpoint] = set()  # since all were tried last
         while True:
             endpoint = self._choose(upload.header.clip_id if upload else "", failed)
@@ -128,14 +136,19 @@ class Connections:
                     evictions += 1
                     continue
                 gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-                if (not gone and hint is None) or self._closed.is_set():
+                final = not gone and hint is None and (code in REFUSALS or not elsewhere)
+                if final or self._closed.is_set():
                     raise _failure(endpoint, error) from None
                 last = error
-            if gone:
-                endpoint.forget()
+            if hint is None:  # away, or it failed at this call: others are asked first
                 failed = (failed | {endpoint}) if len(failed) + 1 < len(self.endpoints) else set()
                 endpoint.left_out_until = time.monotonic() + LEFT_OUT_SECONDS
+            if gone:
+                endpoint.forget()
                 wait, pause = pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
+            elif hint is None:
+                elsewhere = False
+                continue
             else:  # it is there, but full: the hint says when to come back, and not all clients together
                 endpoint.answered = True
                 wait = hint * random.uniform(0.5, 1.5)
@@ -189,8 +202,8 @@ def retry_hint(error: grpc.RpcError) -> float | None:
     return int(hints[0]) / 1000 if hints and hints[0].isdigit() else None
 
 
-def _failure(endpoint: Endpoint, error: grpc.RpcError) -> InputError | RunFailure:
-    """What an answer that another attempt would not change means to the caller."""
+def _failure(endpoint: Endpoint, error: grpc.RpcError) -> InputError | SidecarAway:
+    """What a call that is not tried again means to the caller."""
     where = f"tracker sidecar at {endpoint.address}"
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -200,11 +213,11 @@ def _failure(endpoint: Endpoint, error: grpc.RpcError) -> InputError | RunFailur
         case grpc.StatusCode.FAILED_PRECONDITION:
             return SidecarAway(f"{where} runs another model than the first that answered: {details(error)}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return RunFailure(
+            return SidecarAway(
                 f"{where} did not answer in time; is it overloaded, or tracker.deadline_seconds too short?"
             )
         case _:
-            return RunFailure(f"{where} failed: {details(error)}")
+            return SidecarAway(f"{where} failed: {details(error)}")
 
 
 def details(error: grpc.RpcError) -> str:
