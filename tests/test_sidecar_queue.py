@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, slow_channel, some_prompts, track_request, until
+from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, slow_channel, some_prompts, stored, track_request, until
 
 from revseg_jax.chain.parsing import Turn1, Turn2
 from revseg_jax.config import load_config
@@ -23,7 +23,7 @@ from revseg_jax.rollout.loading import load_engine
 from revseg_jax.run.interruption import Interrupted, heed_sigterm
 from revseg_jax.tracker import SidecarAway, TrackerClient, connection, tracker_pb2_grpc
 from revseg_jax.tracker.clips import ClipStore, Limits
-from revseg_jax.tracker.engine import Engine
+from revseg_jax.tracker.engine import CallerGone, Engine
 from revseg_jax.tracker.service import Description, TrackerService
 from revseg_jax.tracker.sidecar import serve
 from revseg_jax.tracker.turns import TURNS_BEFORE_OTHERS, Turns
@@ -167,6 +167,31 @@ def test_slow_callers_keep_nobody_waiting(serving):
             assert sending.result(300).clip_held
             assert sum(len(reply.masks) for reply in masks) == 12 * 11
     until(lambda: service.calls == 0)
+
+
+def test_a_caller_that_has_gone_costs_no_further_step(serving):
+    """Nor when a long clip's last frame is asked for, and no mask is sent for a long time."""
+    service, port = serving()
+    clip, asked, endings = moving_shapes(300, 8, 8), [], []
+    service.watchers = [lambda call: endings.append((call.method, call.code))]
+    with pytest.raises(CallerGone):
+        for _ in service.engine.track(stored(clip), [(0, BOX)], [299], lambda: asked.append(0) or len(asked) < 3):
+            pass
+    assert len(asked) == 3
+    encoded, upload = service.engine.misses, clip_upload(clip, service.engine.image_size)
+    request = track_request(upload, [(0, (1.0, 1.0, 7.0, 7.0))])
+    request.frames.append(299)
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        endpoint = client._connections.endpoints[0]
+        endpoint.put(upload, 60.0)
+        with service.engine.turns.arrive().turn():
+            calls = [endpoint.stub.Track(request), endpoint.stub.Track(request)]
+            until(lambda: len(service.engine.turns) == 2)
+            for call in calls:
+                call.cancel()
+        until(lambda: len(endings) == 3)
+    assert service.engine.misses < encoded + 284
+    assert endings[1:] == [("Track", "CANCELLED")] * 2
 
 
 def test_all_sidecars_are_kept_busy(serving):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ Prompt = tuple[int, tuple[float, float, float, float]]  # keyframe and box x1, y
 FEATURE_BYTES = 2 << 30  # on the model's device
 HOST_FEATURE_BYTES = 8 << 30  # beside a GPU
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of sam2.utils.misc.load_video_frames
+
+
+class CallerGone(Exception):
+    """Nobody waits for this answer any more."""
 
 
 class Engine:
@@ -69,17 +73,21 @@ class Engine:
         return None
 
     def track(
-        self, clip: Clip, prompts: Sequence[Prompt], frames: Sequence[int] | None = None
+        self,
+        clip: Clip,
+        prompts: Sequence[Prompt],
+        frames: Sequence[int] | None = None,
+        awaited: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
         """Yields (indices into prompts, the frame each is at, masks bool [n, clip.height, clip.width]) as it goes.
 
         Every prompt comes once with every frame (of `frames`, if given): its keyframe, those after it going forward,
         then those before it going backward. Equal prompts should be merged by the caller. The model is free for other
-        calls between two steps.
+        calls between two steps, and before each it is asked whether the answer is still awaited; CallerGone if not.
         """
         wanted, call = None if frames is None else frozenset(frames), self.turns.arrive()
         for chosen in self._batches(clip, prompts):
-            yield from self._track_together(call, clip, prompts, chosen, wanted)
+            yield from self._track_together(call, clip, prompts, chosen, wanted, awaited)
 
     def segment(self, clip: Clip, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
         """As `track`, but each prompt on its keyframe alone, as SAM2ImagePredictor segments an image."""
@@ -105,7 +113,13 @@ class Engine:
         return boxes.to(self.model.device)
 
     def _track_together(
-        self, call: Call, clip: Clip, prompts: Sequence[Prompt], chosen: list[int], wanted: frozenset[int] | None
+        self,
+        call: Call,
+        clip: Clip,
+        prompts: Sequence[Prompt],
+        chosen: list[int],
+        wanted: frozenset[int] | None,
+        awaited: Callable[[], bool],
     ) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
         steps = propagate(
             self.model,
@@ -116,6 +130,8 @@ class Engine:
         )
         while True:
             with call.turn(), torch.inference_mode(), self._autocast():
+                if not awaited():
+                    raise CallerGone
                 step = next(steps, None)
                 if step is None:
                     return

@@ -19,7 +19,7 @@ from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker import tracker_pb2_grpc
 from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipTooLarge, ClipWriter, Limits
-from revseg_jax.tracker.engine import Engine, Prompt
+from revseg_jax.tracker.engine import CallerGone, Engine, Prompt
 from revseg_jax.tracker.monitoring import LOGGER, CallRecord, log_call
 from revseg_jax.tracker.wire import MESSAGE_BYTES, RETRY_KEY, decode_masks, encode_masks
 
@@ -35,10 +35,6 @@ class Description:
     config: str
     model: str  # `revseg_jax.tracker.model.fingerprint`
     versions: dict[str, str]
-
-
-class _CallerGone(Exception):
-    """Nobody waits for this answer any more."""
 
 
 class _Draining(Exception):
@@ -59,7 +55,7 @@ _CODES = {
     ClipTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     MemoryError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OSError: grpc.StatusCode.RESOURCE_EXHAUSTED,  # the disk that holds the clips is full
-    _CallerGone: grpc.StatusCode.CANCELLED,
+    CallerGone: grpc.StatusCode.CANCELLED,
     _Draining: grpc.StatusCode.UNAVAILABLE,
     _OtherModel: grpc.StatusCode.FAILED_PRECONDITION,
     _Full: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -110,7 +106,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             clip = self.store.get(_name(request, "clip_id"))
             prompts, ids = self._prompts(request.prompts, clip)
             frames = self._frames(request, clip)
-            for found in self.engine.track(clip, prompts, frames or None):
+            for found in self.engine.track(clip, prompts, frames or None, context.is_active):
                 yield _reply(ids, *found)
 
     def Score(self, request, context):
@@ -121,14 +117,12 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             truth = clip.truth(_name(request, "truth_id"))
             column = {frame: n for n, frame in enumerate(frames)}
             j, f = np.full((2, len(prompts), len(frames)), np.nan)
-            for which, at, masks in self.engine.track(clip, prompts, frames):
+            for which, at, masks in self.engine.track(clip, prompts, frames, context.is_active):
                 true_masks = decode_masks([truth[frame] for frame in at], clip.height, clip.width)
                 columns = [column[frame] for frame in at]
                 j[which, columns] = region_similarity(masks, true_masks)
                 if not request.skip_contour:
                     f[which, columns] = contour_accuracy(masks, true_masks)
-                if not context.is_active():
-                    raise _CallerGone
             scores = (
                 pb.PromptScore(prompt_id=i, j=j[n].mean(), f=f[n].mean(), j_per_frame=j[n], f_per_frame=f[n])
                 for n, same in enumerate(ids)
