@@ -293,6 +293,7 @@ def test_requests_no_client_of_ours_would_send(endpoint):
         "truth_id: not the": lambda: put(piece, pb.PutClipRequest(truth=pb.Truth(counts=[b""])), truth_id="a" * 64),
         "truth_id: not a SHA": lambda: put(piece, truth_id="a"),
         "part": lambda: put(pb.PutClipRequest()),
+        "model: not a SHA": lambda: list(stub.Track(pb.TrackRequest(clip_id=put(piece).clip_id, model="\n"))),
         "prompts: 0": lambda: list(stub.Track(pb.TrackRequest(clip_id=put(piece).clip_id))),
         "prompts: 1025": lambda: stub.Score(
             pb.ScoreRequest(clip_id=put(piece).clip_id, prompts=[pb.Prompt(x2=1, y2=1)] * 1025)

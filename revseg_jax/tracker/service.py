@@ -179,7 +179,8 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
         admitted = False
         try:
             admitted = self._admit(peer)
-            self._check_model(getattr(request, "model", ""))
+            if request is not None:
+                self._check_model(_name(request, "model", needed=False))
             yield record
             code = grpc.StatusCode.OK
         except grpc.RpcError:  # the caller went away while its frames were read
@@ -271,7 +272,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
 
 
 def _name(message, field: str, needed: bool = True) -> str:
-    """The clip_id or truth_id of a message."""
+    """The clip_id, truth_id or model of a message."""
     name = getattr(message, field)
     if (name or needed) and not re.fullmatch("[0-9a-f]{64}", name):
         raise InputError(f"{field}: not a SHA-256 in hexadecimal")
