@@ -34,6 +34,7 @@ from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import Prompt as TrackerPrompt
 from revseg_jax.tracker.client import TrackerClient, description
 from revseg_jax.tracker.process import open_tracker
+from revseg_jax.tracker.upload import sent_size
 
 PACKAGES = ("revseg-jax", "jax", "flax", "av", "pillow", "numpy")
 
@@ -87,6 +88,13 @@ def main(
             info = client.info()
             if len(source) > info.max_frames:
                 raise InputError(f"video {video} has {len(source)} frames, the tracker takes {info.max_frames} at most")
+            sent_height, sent_width = sent_size(source.height, source.width, info.image_size)
+            if (size := len(source) * sent_height * sent_width * 3) > info.max_clip_bytes:
+                raise InputError(
+                    f"video {video} has {len(source)} frames, {size / 1e9:.1f} GB as they are sent "
+                    f"({sent_width} x {sent_height} pixels), the tracker holds {info.max_clip_bytes / 1e9:.1f} GB: "
+                    "cut it, or give it fewer frames a second"
+                )
             lap("start_tracker")
 
             # ---- The chain: two turns, greedily ----

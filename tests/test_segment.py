@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -261,18 +262,35 @@ def test_a_full_disk(tmp_path, endpoint, answers, capsys, limit):
     assert left_in(tmp_path) == before | {"noise.mp4"}
 
 
-def test_a_video_too_long_for_the_tracker(tmp_path, clip, endpoint, answers, monkeypatch):
-    answers(NO_CHAIN)
+@pytest.mark.parametrize(
+    ("size", "limit", "words"),
+    [
+        ((64, 128), {"max_frames": 5}, "has 6 frames, the tracker takes 5 at most"),
+        ((64, 128), {"max_clip_bytes": 6 * 64 * 128 * 3 - 1}, r"6 frames, .* \(128 x 64 pixels\), the tracker holds"),
+        (
+            (256, 256),
+            {"max_clip_bytes": 6 * 128 * 128 * 3 - 1},
+            r"6 frames, .* \(128 x 128 pixels\), the tracker holds",
+        ),
+        ((256, 256), {"max_frames": 6, "max_clip_bytes": 6 * 128 * 128 * 3}, None),
+    ],
+)
+def test_a_video_too_long_for_the_tracker(tmp_path, endpoint, answers, monkeypatch, size, limit, words):
+    """It is refused before the chain begins and a frame is sent."""
+    prompts = answers(NO_CHAIN)
+    clip = str(write(tmp_path / "clip.mp4", numbered(6, *size)))
     info = TrackerClient.info
 
     def short(client):
         reply = info(client)
-        reply.max_frames = 5
+        for name, value in limit.items():
+            setattr(reply, name, value)
         return reply
 
     monkeypatch.setattr(TrackerClient, "info", short)
-    with pytest.raises(InputError, match="has 6 frames, the tracker takes 5 at most"):
+    with pytest.raises(InputError, match=words) if words else nullcontext():
         segment.main(clip, "wall", str(tmp_path / "out"), endpoints=[endpoint])
+    assert len(prompts) == (words is None)
 
 
 # --- length

@@ -90,6 +90,15 @@ def test_info(serving, model):
         assert info.clips_held == 1 and info.model == service.description.model
 
 
+def test_a_clip_of_too_many_bytes_is_refused(serving):
+    clip = moving_shapes(3)
+    _, port = serving(Limits(clip_bytes=2 * clip[0].nbytes))
+    with TrackerClient([f"127.0.0.1:{port}"]) as client:
+        assert len(list(client.track_stream(lambda: clip[:2], [(0, BOX)]))) == 2
+        with pytest.raises(InputError, match=f"clip: more than {2 * clip[0].nbytes} bytes"):
+            next(client.track_stream(lambda: clip, [(0, BOX)]))
+
+
 def test_answers_of_two_models_are_never_mixed(endpoint, checkpoint, capsys):
     clip = moving_shapes(2)
     with run_sidecar(threads=1) as other, TrackerClient([endpoint, other]) as client:

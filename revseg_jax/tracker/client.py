@@ -120,7 +120,8 @@ class TrackerClient:
     def track_stream(
         self, open_frames: Callable[[], Iterable[np.ndarray]], prompts: Sequence[Prompt]
     ) -> Iterator[tuple[int, int, np.ndarray]]:
-        """`track` for a clip of any length, of which neither side ever holds all frames in memory.
+        """`track` for a long clip, of which neither side ever holds all frames in memory. The sidecar keeps it on disk
+        and takes `max_frames` and `max_clip_bytes` of `info` at most, RGB at `upload.sent_size`.
 
         open_frames begins to read the clip anew each time it is called: uint8 [H, W, 3] frames of one size. Yields
         (index into prompts, frame, mask bool [H, W]) in the order of tracking: from the keyframe to the end, then from

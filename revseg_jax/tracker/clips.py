@@ -42,10 +42,6 @@ class ClipNotHeld(LookupError):
     """The clip or the truth was never put here or has been evicted."""
 
 
-class ClipTooLarge(RuntimeError):
-    """The clip does not fit into the store even when everything else is evicted."""
-
-
 @dataclass
 class Clip:
     """One clip of `frames` frames; boxes and masks are in pixels of height x width."""
@@ -150,7 +146,7 @@ class ClipWriter:
         self.content.write(frame)
         self.offsets.append(self.offsets[-1] + len(frame))
         if self.offsets[-1] > self.limits.clip_bytes:
-            raise ClipTooLarge(f"the clip is larger than {self.limits.clip_bytes} bytes")
+            raise InputError(f"clip: more than {self.limits.clip_bytes} bytes")
 
     def close(self, clip_id: str) -> Clip:
         """The clip, if its frames have the hash `clip_id` (when given)."""

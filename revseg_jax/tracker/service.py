@@ -18,7 +18,7 @@ from revseg_jax.errors import InputError
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker import tracker_pb2_grpc
-from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipTooLarge, ClipWriter, Limits
+from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipWriter, Limits
 from revseg_jax.tracker.engine import CallerGone, Engine, Prompt
 from revseg_jax.tracker.monitoring import LOGGER, CallRecord, log_call
 from revseg_jax.tracker.wire import MESSAGE_BYTES, RETRY_KEY, decode_masks, encode_masks
@@ -52,7 +52,6 @@ class _Full(Exception):
 _CODES = {
     InputError: grpc.StatusCode.INVALID_ARGUMENT,
     ClipNotHeld: grpc.StatusCode.NOT_FOUND,
-    ClipTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     MemoryError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     OSError: grpc.StatusCode.RESOURCE_EXHAUSTED,  # the disk that holds the clips is full
     CallerGone: grpc.StatusCode.CANCELLED,

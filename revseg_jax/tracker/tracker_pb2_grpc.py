@@ -30,7 +30,7 @@ class TrackerStub:
 
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
     put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
-    metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
+    metadata says with grpc-retry-pushback-ms when to ask again, else memory or disk is full. UNAUTHENTICATED: the metadata
     lacks "authorization: Bearer TOKEN". FAILED_PRECONDITION: another model runs here than the one that is meant.
 
     Requests that the model answers may say which one is meant, by what Info says of it as `model`; empty: any.
@@ -74,7 +74,7 @@ class TrackerServicer:
 
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
     put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
-    metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
+    metadata says with grpc-retry-pushback-ms when to ask again, else memory or disk is full. UNAUTHENTICATED: the metadata
     lacks "authorization: Bearer TOKEN". FAILED_PRECONDITION: another model runs here than the one that is meant.
 
     Requests that the model answers may say which one is meant, by what Info says of it as `model`; empty: any.
@@ -156,7 +156,7 @@ class Tracker:
 
     Errors: INVALID_ARGUMENT names the field that is wrong. NOT_FOUND: the clip (or its truth) is not held, or no longer;
     put it again. UNAVAILABLE: the service is draining. RESOURCE_EXHAUSTED: too many calls at once when the trailing
-    metadata says with grpc-retry-pushback-ms when to ask again, else the clip does not fit. UNAUTHENTICATED: the metadata
+    metadata says with grpc-retry-pushback-ms when to ask again, else memory or disk is full. UNAUTHENTICATED: the metadata
     lacks "authorization: Bearer TOKEN". FAILED_PRECONDITION: another model runs here than the one that is meant.
 
     Requests that the model answers may say which one is meant, by what Info says of it as `model`; empty: any.

@@ -74,23 +74,24 @@ def stream_upload(open_frames: Callable[[], Iterable[np.ndarray]], image_size: i
     return Upload(_rgb_header(first, image_size), frames, count=0, size=0)
 
 
+def sent_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """Height and width at which an RGB frame is sent: those of the model's frames where these are smaller."""
+    return (image_size, image_size) if height * width > image_size**2 else (height, width)
+
+
 def _rgb_header(frame: np.ndarray, image_size: int) -> pb.ClipHeader:
     height, width = frame.shape[:2]
-    sent = (image_size, image_size) if _shrink(frame, image_size) else (height, width)
+    sent = sent_size(height, width, image_size)
     return pb.ClipHeader(height=height, width=width, encoding=pb.RGB, frame_height=sent[0], frame_width=sent[1])
 
 
 def _rgb_bytes(frame: np.ndarray, image_size: int, shape: tuple[int, ...] | None = None) -> bytes:
     if shape is not None and frame.shape != shape:
         raise InputError(f"the frames of a clip must have one size, not {list(shape)} and {list(frame.shape)}")
-    if _shrink(frame, image_size):
+    if sent_size(*frame.shape[:2], image_size) != frame.shape[:2]:
         # The first thing the sidecar would do with it, with the same result.
         frame = np.asarray(Image.fromarray(frame).resize((image_size, image_size)))
     return frame.tobytes()
-
-
-def _shrink(frame: np.ndarray, image_size: int) -> bool:
-    return frame.shape[0] * frame.shape[1] > image_size**2
 
 
 def _jpeg_header(frames: list[bytes]) -> pb.ClipHeader:
