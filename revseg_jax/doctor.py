@@ -135,14 +135,14 @@ def sidecars(config: Config) -> Iterator[Finding]:
     from revseg_jax.tracker.client import TrackerClient
     from revseg_jax.tracker.process import credentials
 
-    models = set()
+    first = ""  # the model of the first that answers
     for endpoint in config.tracker.endpoints:
         try:
             token, tls = credentials(config.tracker)
             with TrackerClient([endpoint], PATIENCE_SECONDS, PATIENCE_SECONDS, token=token, tls=tls) as client:
                 info = client.info()
-            models.add(info.model)
-            fault = "" if len(models) == 1 else "runs another model than those before: all must run the same"
+            first = first or info.model
+            fault = "" if info.model == first else "runs another model than the first: all must run the same"
             yield Finding("sidecar", f"{endpoint} serves {info.checkpoint} ({info.model[:12]})", fault)
         except (InputError, RunFailure) as error:
             yield Finding("sidecar", endpoint, str(error))

@@ -36,8 +36,10 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
     data = find_data(list(config.data.test), list(benchmarks))
     folder = Path(out)
     failures: dict[str, Counter[str]] = {}
+    settings = _settings(config, sampled, data)
+    _settings_with(folder, settings)  # what needs no tracker is refused before one is started
     with tracker_client(config) as client:
-        settings = _settings_with(folder, _settings(config, client.info().model, sampled, data))
+        settings = _settings_with(folder, settings | {"tracker": client.info().model})
         loaded = load_engine(config)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -74,16 +76,13 @@ def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str])
     return dataclasses.replace(config, chain=dataclasses.replace(spoken, **changed))
 
 
-def _settings(config: Config, tracker: str, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:
-    """All that decides a prediction. Policy, tracker and data by their content: folders may be moved, or written anew.
-
-    tracker: what `TrackerClient.info` says of the model.
-    """
+def _settings(config: Config, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:
+    """All that decides a prediction, but for the tracker. Policy and data by their content: folders may be moved, or
+    written anew."""
     policy = config.policy
     settings = {
         "policy": [policy_digest(policy.path), policy.dtype, policy.param_dtype],
         "chain": dataclasses.asdict(config.chain),
-        "tracker": tracker,
         "sampling": dataclasses.asdict(config.rollout) | {"seed": config.run.seed} if sampled else "greedy",
         "data": {name: read_prepared(path)["fingerprint"] for name, path in data.items()},
     }

@@ -26,6 +26,7 @@ from revseg_jax.run.digests import parameter_digest
 from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.train import tracker_client, train
 
+SETTINGS = "settings.json"
 BUDGET = ("run.checkpoint_every=20", "run.keep_checkpoints=1", "run.traces_every=0")
 KEPT = ("jf", "j", "f", "temporal", "spatial", "format", "best_constant_keyframe", "random_visible_keyframe")
 
@@ -52,8 +53,12 @@ def main(
 
     base = configured(f"run.dir={folder}")
     scores: Scores = {cell.name: {} for cell in table.cells}
+    settings = settings_of(base, clips)
+    check_settings(folder, settings)  # what needs no tracker is refused before one is started
     with tracker_client(base) as client:
-        check_settings(folder, base, client.info().model, clips)
+        settings["tracker"] = client.info().model
+        check_settings(folder, settings)
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         for seed in seeds:
             data = folder / "clips" / f"seed_{seed}"  # of its own: tables may be filled at the same time
             prepare_synthetic(data, DIFFICULTY, *clips, seed=seed)
@@ -91,22 +96,22 @@ def score_cell(cell: Cell, run: Config, evaluated: Config, client: TrackerClient
     return {name: getattr(evaluation, name) for name in KEPT}
 
 
-def check_settings(folder: Path, config: Config, tracker: str, clips: tuple[int, int]) -> None:
-    """Numbers of different policies, trackers or settings must not meet in one table. tracker: its model's name."""
+def settings_of(config: Config, clips: tuple[int, int]) -> dict[str, Any]:
+    """All that decides a table's numbers, but for the tracker's model."""
     parts: dict[str, Any] = dataclasses.asdict(config)
     parts["run"] = {"steps": config.run.steps}
-    parts["tracker"] = tracker
+    del parts["tracker"]
     policy = parameter_digest(nnx.state(load_policy(config.policy.path).policy))
-    settings = json.loads(json.dumps(parts | {"parameters": policy, "clips": clips}))
-    path = folder / "settings.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        changed = [key for key in settings if settings[key] != old.get(key)]
-        if changed:
-            raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=2) + "\n")
+    return json.loads(json.dumps(parts | {"parameters": policy, "clips": clips}))
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Numbers of different policies, trackers or settings must not meet in one table: InputError."""
+    path = folder / SETTINGS
+    old = json.loads(path.read_text()) if path.exists() else settings
+    changed = [key for key in settings if settings[key] != old.get(key)]
+    if changed:
+        raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")
 
 
 def write_results(table: Table, folder: Path, scores: Scores) -> None:

@@ -480,7 +480,7 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     assert (row["j"], row["f"]) == pytest.approx(tuple(np.mean(scores, axis=0)))
     assert f"{row['jf']:.1f}" in printed.out and "| synthetic, held out |" in (out / "results.md").read_text()
     with pytest.raises(SystemExit):
-        main([*arguments, "--sampled"])
+        main([*arguments, "--sampled", "tracker.checkpoint=/nowhere.pt"])  # no sidecar is started for that
     assert "another sampling" in capsys.readouterr().err
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps(settings | {"tracker": settings["tracker"][::-1]}))
@@ -503,6 +503,13 @@ def test_a_full_disk_costs_no_chain(tmp_path, data):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, action)
     assert (tmp_path / "chains.jsonl").read_text() == content
+
+
+def test_a_folder_of_something_else_is_refused_before_a_sidecar_is_started(tmp_path, clips, capsys):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--data", str(clips), "--out", str(tmp_path), "tracker.checkpoint=/nowhere.pt"])
+    assert stop.value.code == 2 and "is not empty and holds no evaluation" in capsys.readouterr().err
 
 
 def test_frames_at_test_time_are_the_users_choice():

@@ -70,6 +70,13 @@ def test_seeds_are_numbers(capsys):
     assert stop.value.code == 2 and "--seeds 0;1" in capsys.readouterr().err
 
 
+def test_another_table_s_folder_is_refused_before_a_sidecar_is_started(tmp_path):
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain/settings.json").write_text("{}")
+    with pytest.raises(InputError, match="holds results with another .*parameters.*: choose another --out"):
+        reproduce.main("chain", [3], str(tmp_path), (8, 4), [CONFIG], ["tracker.checkpoint=/nowhere.pt"])
+
+
 @pytest.mark.slow
 def test_a_small_table_from_end_to_end_and_again(tmp_path, capsys):
     out, name = tmp_path / "out", "chain"

@@ -115,8 +115,9 @@ def test_answers_of_two_models_are_never_mixed(endpoint, checkpoint, capsys):
         with pytest.raises(SidecarAway, match=words):
             list(client.track_stream(lambda: clip, [(0, BOX)]))
         with pytest.raises(SystemExit):
-            cli.main(["doctor", f"tracker.endpoints=[{endpoint},{other}]"])
-    assert "runs another model than those before" in capsys.readouterr().out
+            cli.main(["doctor", f"tracker.endpoints=[{endpoint},{other},{endpoint}]"])
+    blamed = [line for line in capsys.readouterr().out.splitlines() if "runs another model than the first" in line]
+    assert len(blamed) == 1 and f"sidecar: {other} serves" in blamed[0]
 
 
 # --- logs and metrics
