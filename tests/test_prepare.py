@@ -28,11 +28,12 @@ from revseg_jax.config import ChainConfig
 from revseg_jax.data import writer
 from revseg_jax.data.clip import decode_frame, decode_mask
 from revseg_jax.data.datasets.listing import Problem
-from revseg_jax.data.datasets.masks import polygon_masks, run_length_masks, run_lengths
+from revseg_jax.data.datasets.masks import polygon_masks, run_length_masks
 from revseg_jax.data.pipeline import training_steps
 from revseg_jax.data.prepare import VERSION, prepare
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import FOREGROUND, VOID
+from revseg_jax.data.run_lengths import run_lengths
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from revseg_jax.data.run_lengths import run_lengths
 from revseg_jax.errors import InputError
 
 PIECE_BYTES = 1 << 20  # frames travel in pieces of at most this size
@@ -34,9 +35,9 @@ class ClipHash:
 def truth_hash(counts: Sequence[bytes]) -> str:
     """Names the truth of a clip: SHA-256 over the RLE counts of every frame with their lengths."""
     digest = hashlib.sha256()
-    for run_lengths in counts:
-        digest.update(struct.pack("<Q", len(run_lengths)))
-        digest.update(run_lengths)
+    for text in counts:
+        digest.update(struct.pack("<Q", len(text)))
+        digest.update(text)
     return digest.hexdigest()
 
 
@@ -54,9 +55,9 @@ def decode_masks(counts: Iterable[bytes], height: int, width: int) -> np.ndarray
     """
     counts = list(counts)
     masks = np.zeros((len(counts), height, width), bool)
-    for index, run_lengths in enumerate(counts):
-        if run_lengths:
-            masks[index] = _decode(run_lengths, height, width)
+    for index, text in enumerate(counts):
+        if text:
+            masks[index] = _decode(text, height, width)
     return masks
 
 
@@ -73,22 +74,12 @@ def _decode(text: bytes, height: int, width: int) -> np.ndarray:
 
 
 def _runs(text: bytes, height: int, width: int) -> np.ndarray:
-    """COCO's format: numbers in base 32, lowest digit first, each from the third on less the one two before it."""
-    if len(text) > 8 * (height * width + 1):
+    if len(text) > 7 * (height * width + 1):  # digits of a run times runs of a mask
         raise InputError(f"not an RLE of {height} x {width} pixels: too long")
-    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((digits & 32) == 0)  # a digit without the bit for "more follow" ends its number
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if digits.min() < 0 or digits.max() > 63 or len(ends) == 0 or ends[-1] != len(digits) - 1:
-        raise InputError("not an RLE: a digit is out of range or missing")
-    lengths = ends - starts + 1
-    if lengths.max() > 8:
-        raise InputError("not an RLE: a number is too large")
-    place = np.arange(len(digits)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((digits & 31) << (5 * place), starts)
-    runs -= np.where(digits[ends] & 16, 1 << (5 * lengths), 0)  # the last digit carries the sign
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
+    try:
+        runs = run_lengths(text)
+    except ValueError as error:
+        raise InputError(f"not an RLE: {error}") from None
     if runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
         raise InputError(f"not an RLE of {height} x {width} pixels")
     return runs

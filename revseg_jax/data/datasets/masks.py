@@ -12,6 +12,7 @@ from pycocotools import mask as coco
 from revseg_jax.data.clip import encode_mask, union
 from revseg_jax.data.datasets.listing import Masks, Problem
 from revseg_jax.data.records import VOID
+from revseg_jax.data.run_lengths import run_lengths
 from revseg_jax.errors import InputError
 
 VOID_PIXEL = 255  # of palette images: neither object nor background
@@ -53,27 +54,6 @@ def _run_length_mask(rle: dict | list | None, frame: int, height: int, width: in
         if isinstance(error, InputError):
             raise
         raise InputError(f"the mask of frame {frame} is no COCO RLE") from None
-
-
-def run_lengths(counts: bytes) -> np.ndarray:
-    """int64 [n] of COCO's compressed form, zeros first. The COCO API itself reads beyond the end of damaged ones.
-
-    Runs are numbers of base 32, lowest digit first, 32 marking all digits but the last, 16 of the last the sign; from
-    the fourth on they stand as differences to the run two before (rleFrString of the COCO API). Raises ValueError.
-    """
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits & 32 == 0)
-    if not digits.size or digits.min() < 0 or digits.max() > 63 or not ends.size or ends[-1] != digits.size - 1:
-        raise ValueError("not in COCO's compressed form")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    sizes = ends - starts + 1
-    if sizes.max() > 7:
-        raise ValueError("a run of more than 35 bits")
-    place = np.arange(digits.size) - np.repeat(starts, sizes)
-    runs = np.add.reduceat((digits & 31) << 5 * place, starts)
-    runs -= np.where(digits[ends] & 16, np.int64(1) << 5 * sizes, 0)
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs
 
 
 def palette_masks(
