@@ -257,17 +257,17 @@ def test_a_missing_prediction_has_no_ignored_pixels_either(tmp_path):
     assert [score.union for score in scores] == [10 * 20] * 2
 
 
-def test_scoring_holds_one_prediction_at_a_time(tmp_path):
+def test_scoring_holds_one_prediction_and_its_objects_at_a_time(tmp_path):
     frames, size = 6, (90, 160)
     masks = np.zeros((frames, *size), bool)
     masks[:, 20:40, 30:60] = True
     names, rle = tuple(f"{t:05d}" for t in range(frames)), encode_mask(masks[0])
     peaks = []
     for count in (2, 20):
-        expressions = [VideoExpression(str(n), "it", "motion", (0,)) for n in range(count)]
+        expressions = [VideoExpression(str(n), "it", "motion", (n,)) for n in range(count)]
         for expression in expressions:
             write_prediction(prediction_folder(tmp_path, "v", expression.id), names, masks)
-        truth = VideoTruth("v", *size, names, {"1": [rle] * frames}, expressions)
+        truth = VideoTruth("v", *size, names, {str(n): [rle] * frames for n in range(count)}, expressions)
         tracemalloc.start()
         scores = score_video(truth, BENCHMARKS["mevis_valid_u"], tmp_path)
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -94,18 +94,23 @@ def _score_number(data: str, benchmark: Benchmark, root: Path, number: int) -> V
 
 
 def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoScores:
-    """The scores of one video's predictions. One is in memory at a time, but for Ref-DAVIS17's, which are merged."""
+    """The scores of one video's predictions. One of them is in memory at a time, and the objects it is scored against,
+    but for Ref-DAVIS17, which merges them."""
     size = truth.height, truth.width
-    objects = {name: np.stack([decode_mask(rle, *size) for rle in masks]) for name, masks in truth.objects.items()}
-    void, foreground = objects.pop(VOID, None), objects.pop(FOREGROUND, None)
+
+    def decoded(name: str) -> np.ndarray:
+        return np.stack([decode_mask(rle, *size) for rle in truth.objects[name]])
+
+    void, foreground = (decoded(name) if name in truth.objects else None for name in (VOID, FOREGROUND))
     order = list(truth.objects)
     merged = benchmark.protocol == "davis"
     scores, predicted = [], []
     for expression in truth.expressions[: 1 if benchmark.first_expression else None]:
         mask = read_prediction(prediction_folder(root, truth.video_id, expression.id), truth.frame_names, *size)
         wanted = np.zeros((len(truth.frame_names), *size), bool)
-        for position in expression.objects:
-            wanted |= objects[order[position]]
+        objects = [decoded(order[position]) for position in expression.objects]
+        for of_object in objects:
+            wanted |= of_object
         names = truth.video_id, expression.id, expression.kind
         if benchmark.protocol == "images" and void is not None:
             wanted &= ~void
@@ -117,7 +122,7 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
             continue
         robust = (0.0, 0.0)
         if foreground is not None:
-            robust = _robustness(mask, [objects[order[position]] for position in expression.objects], foreground)
+            robust = _robustness(mask, objects, foreground)
         scores.append(
             ExpressionScore(
                 *names,
@@ -131,7 +136,8 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
         )
     annotators = None
     if merged:
-        annotators = _annotators(truth, [objects[name] for name in order if name in objects], order, predicted, void)
+        objects = [decoded(name) for name in order if name not in (VOID, FOREGROUND)]
+        annotators = _annotators(truth, objects, order, predicted, void)
     return VideoScores(scores, annotators)
 
 
