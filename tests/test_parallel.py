@@ -43,7 +43,7 @@ with failing_together():
             "mean": [mean_over_shares(placement, metrics) for placement in (split, whole)],
             "leads": leads(),
         })
-    elif index == 1 and what == "error":
+    elif what == "errors" or index == 1 and what == "error":
         raise InputError("data.train names no clips")
     elif index == 1 and what == "memory":
         jax.numpy.zeros((10**9, 10**6)).block_until_ready()
@@ -72,10 +72,13 @@ def test_two_processes_hold_rows_and_agree():
         assert one["leads"] == (index == 0)
 
 
-def test_an_error_in_one_process_ends_both_with_its_words():
-    for _, errors, status in run_two(CHILD, "error"):
-        assert status == 2
-        assert "revseg: error: process 1 failed: data.train names no clips" in errors
+@pytest.mark.parametrize("what", ["error", "errors"])  # in process 1, in both at once
+def test_an_error_ends_both_processes_with_its_words(what):
+    for _, errors, status in run_two(CHILD, what):
+        assert status == 2, errors
+        said = [line for line in errors.splitlines() if line.startswith("revseg: error:")]
+        processes = (0, 1) if what == "errors" else (1,)
+        assert said in [[f"revseg: error: process {n} failed: data.train names no clips"] for n in processes]
 
 
 def test_a_full_device_in_one_process_ends_both_in_one_line():

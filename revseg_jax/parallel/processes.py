@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ Thing = TypeVar("Thing")
 
 FAILED = "revseg/failed"  # key under which the first process that fails says why
 ENDED = "revseg/ended"  # barrier
+ENDING = threading.Lock()  # never let go of
+LAST_SECONDS = 0.5  # by which process 0 leaves later: JAX aborts a process that finds it gone
 
 
 def leads() -> bool:
@@ -112,6 +115,7 @@ def _reason(milliseconds: int) -> str | None:
 
 def _end(told: str) -> None:
     """Leaves without the usual exit, in which JAX would wait for processes that are stuck."""
+    ENDING.acquire()  # by the thread that failed or by the one that watches: the other must not cut it short
     status, _, reason = told.partition(" ")
     print(f"revseg: error: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -120,4 +124,6 @@ def _end(told: str) -> None:
         _client().wait_at_barrier(ENDED, 5000)
     except jax.errors.JaxRuntimeError:  # one of them was killed
         pass
+    if leads():
+        time.sleep(LAST_SECONDS)
     os._exit(int(status))
