@@ -32,7 +32,7 @@ def main(run: str, out: str, best: bool = False) -> None:
         loaded = load_policy(config.policy.path, config.policy.dtype, config.policy.param_dtype)
         graphdef, trained, frozen = split_policy(loaded.policy, config.learner.freeze_vision)
         advice = "without --best others are tried" if best else "train again into a new run.dir"
-        step, trained = first_sound(
+        step, trained, _ = first_sound(
             folder / "checkpoints", steps, lambda step: restore_trained(checkpoints, step, trained), advice
         )
     save_policy(nnx.merge(graphdef, trained, frozen), out, loaded.folder, config.chain)

@@ -132,7 +132,7 @@ def run_steps(
     # The reference is the policy before any update. Updates donate their state, which a shared reference must survive.
     reference = store_reference(config.learner.reference, loaded.trained) if config.learner.kl != "off" else None
     state = learner.init(loaded.trained, donate=reference is not loaded.trained)
-    if run.resumes:
+    if gather(run.resumes)[0]:  # the first process has checked the folder
         state, iterator = run.restore(state)
         data.set_state(iterator)
     run.scores.update(gather(run.scores)[0])  # by which all processes keep the same checkpoints

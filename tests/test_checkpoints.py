@@ -1,12 +1,16 @@
-"""Which checkpoints stay, and what a disk that refuses does to them."""
+"""Which checkpoints stay, what a disk that refuses does to them, and which ones are taken for damaged."""
 
 import os
+import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from child_processes import ROOT, run_two
 
 from revseg_jax.errors import RunFailure
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
@@ -92,3 +96,111 @@ def test_a_disk_that_refuses_is_one_line_and_the_previous_checkpoint_intact(smal
     step, state, data = Checkpoints(folder, NewestAndBest(2, 0, {})).restore(STATE)
     assert (step, int(state["step"]), data) == (1, 1, {"at": 1})
     np.testing.assert_array_equal(state["kernel"], STATE["kernel"])
+
+
+# ---- What cannot be read ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with the checkpoints of steps 1 and 2."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, NewestAndBest(2, 0, {}))
+    for step in (1, 2):
+        checkpoints.save(step, STATE | {"step": jnp.int32(step)}, {"at": step})
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("of", ["arrays", "iterator"])
+def test_a_checkpoint_that_the_system_does_not_let_read_is_not_damaged(two, of, tmp_path, monkeypatch):
+    files = [path for path in (two / "2/state").rglob("*") if path.is_file()]
+    file = max(files, key=lambda path: path.stat().st_size) if of == "arrays" else two / "2/data/metadata"
+    shutil.move(file, tmp_path / "kept")
+    if of == "arrays":
+        file.symlink_to(file)  # "Too many levels of symbolic links", from TensorStore
+    else:
+        monkeypatch.chdir(file.parent)  # names of sockets are short
+        with socket.socket(socket.AF_UNIX) as name:
+            name.bind(file.name)  # "No such device or address", from Python
+    with pytest.raises(RunFailure, match=f"cannot read checkpoint {two}/2: .*its files may be sound") as error:
+        Checkpoints(two, NewestAndBest(2, 0, {})).restore(STATE)
+    assert "\n" not in str(error.value) and steps_of(two) == ["1", "2"] and not (tmp_path / "damaged").exists()
+    file.unlink()
+    shutil.move(tmp_path / "kept", file)
+    assert Checkpoints(two, NewestAndBest(2, 0, {})).restore(STATE)[0] == 2
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import jax.numpy as jnp
+from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
+state = {"kernel": jnp.zeros(1 << 26)}  # 256 MiB
+checkpoints = Checkpoints(Path(sys.argv[1]), NewestAndBest(2, 0, {}))
+for step in (1, 2):
+    checkpoints.save(step, state, {})
+checkpoints.close()
+checkpoints = Checkpoints(Path(sys.argv[1]), NewestAndBest(2, 0, {}))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), -1))
+checkpoints.restore(state)
+"""
+
+
+def test_a_machine_short_of_memory_finds_no_checkpoint_damaged(tmp_path):
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path / "checkpoints")]
+    words = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    failure = f"RunFailure: cannot read checkpoint {tmp_path}/checkpoints/2: Unable to allocate 256. MiB"
+    assert failure in words and "its files may be sound" in words.splitlines()[-1]
+    assert steps_of(tmp_path / "checkpoints") == ["1", "2"] and not (tmp_path / "damaged").exists()
+
+
+TOGETHER = """
+import os, sys
+from pathlib import Path
+import jax, numpy as np
+from child_processes import report
+from revseg_jax.parallel.processes import failing_together, gather, leads
+from revseg_jax.parallel.startup import start_processes
+from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
+
+folder = Path(sys.argv[2])
+start_processes()
+parts = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec("x"))
+noise = np.random.default_rng(0).normal(size=(8, 1000))
+
+def state(step):
+    return {"kernel": jax.make_array_from_callback(noise.shape, parts, lambda index: (noise + step)[index])}
+
+def opened():
+    return Checkpoints(folder / "checkpoints", NewestAndBest(3, 0, {}))
+
+with failing_together():
+    checkpoints = opened()
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step), {"at": step})
+    checkpoints.close()
+    if leads():
+        os.truncate(folder / "checkpoints/2/data/metadata", 0)  # all read it
+        files = (folder / "checkpoints/3/state/ocdbt.process_1/d").iterdir()
+        os.truncate(max(files, key=lambda path: path.stat().st_size), 0)  # the second process's parts
+    gather(None)
+    checkpoints = opened()
+    step, restored, data = checkpoints.restore(state(0))
+    for one, expected in zip(restored["kernel"].addressable_shards, state(1)["kernel"].addressable_shards, strict=True):
+        np.testing.assert_array_equal(one.data, expected.data)
+    damaged = checkpoints.damaged_steps()
+    checkpoints.save(2, restored, data)
+    checkpoints.close()
+    report([step, data, damaged, opened().latest_step()])
+"""
+
+
+def test_processes_take_the_same_checkpoint_and_one_of_them_moves_the_damaged_ones(tmp_path):
+    for index, (found, errors, status) in enumerate(run_two(TOGETHER, str(tmp_path))):
+        assert status == 0, errors[-3000:]
+        assert found == [1, {"at": 1}, [2, 3], 2]
+        assert errors.count("is damaged") == (0 if index else 2)
+    assert (tmp_path / "damaged/3/data/metadata").read_text() == '{"at": 3}'  # nothing of it was deleted
+    assert (tmp_path / "damaged/2/state").is_dir()

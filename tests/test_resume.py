@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.rollout.loading import load_engine
-from revseg_jax.run.folder import RunFolder
+from revseg_jax.run.folder import RunFolder, read_records
 from revseg_jax.run.interruption import Interrupted, heed_sigterm
 from revseg_jax.run.manifest import policy_fingerprint
 
@@ -132,8 +133,57 @@ def test_without_any_sound_checkpoint_the_run_stops_in_one_line(straight, clips,
     for path in (folder / "checkpoints").rglob("*"):
         if path.is_file():
             os.truncate(path, 0)
-    with pytest.raises(RunFailure, match="no checkpoint"):
-        run(clips, folder, 5)
+    before = digests(folder), sorted(os.listdir(folder / "checkpoints"))
+    for _ in range(2):  # the next start does not begin anew
+        with pytest.raises(RunFailure, match="no checkpoint"):
+            run(clips, folder, 5)
+    assert (digests(folder), sorted(os.listdir(folder / "checkpoints"))) == before
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A function that opens the folder tmp_path/run for a run, as training does."""
+
+    def open_folder(tracker=None, **settings):
+        changes = [f"run.{name}={value}" for name, value in settings.items()]
+        config = load_config(CONFIG, [f"run.dir={tmp_path / 'run'}", "run.checkpoint_every=2", *changes])
+        return closing(RunFolder(config, ["data"], tmp_path, tracker))
+
+    return open_folder
+
+
+@pytest.mark.parametrize("sign", ["damaged", "went on", "steps"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(opened, sign, tmp_path):
+    folder = tmp_path / "run"
+    with opened() as run:
+        for step in range(1, 6 if sign == "steps" else 3):
+            run.log(step, {}, {})
+            if step % 2 == 0:
+                run.checkpoints.save(step, {"step": jnp.int32(step)}, {"at": step})
+    if sign == "went on":
+        with opened():
+            pass
+    (folder / "checkpoints").rename(folder / ("damaged" if sign == "damaged" else "lost"))
+    logged = digests(folder)
+    move = "move 2 from damaged/ back into checkpoints/, " if sign == "damaged" else ""
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=f"{folder} holds a run whose checkpoints are gone: .*storage, {move}choose"
+        ):
+            opened().__enter__()
+        assert digests(folder) == logged
+    if sign == "damaged":
+        (folder / "damaged/2").rename(folder / "checkpoints/2")
+        with opened() as run:
+            assert run.restore({"step": jnp.int32(0)})[1] == {"at": 2}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(opened, tmp_path):
+    for _ in range(2):
+        with opened() as run:
+            assert not run.resumes and read_records(tmp_path / "run/metrics.jsonl") == []
+            for step in range(1, 5):  # the first checkpoint is begun after the second step, and not whole
+                run.log(step, {}, {})
 
 
 def test_logs_are_mended_at_a_start_and_else_left_alone(tmp_path):

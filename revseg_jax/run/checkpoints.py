@@ -1,4 +1,8 @@
-"""A run's Orbax checkpoints: written in the background, complete or not at all, read back from the newest sound one."""
+"""A run's Orbax checkpoints: written in the background, complete or not at all, read back from the newest sound one.
+
+What keeps a checkpoint from being read may be the machine and not its files. It is moved only when its files are at
+fault and an older one has been read.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from revseg_jax.errors import RunFailure
+from revseg_jax.parallel.processes import agree, gather, leads
 from revseg_jax.paths import AnyPath, absolute, is_remote
 from revseg_jax.run.event_loops import waiting_event_loops
 
@@ -44,28 +49,59 @@ def best_steps(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
     return sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step), reverse=True)
 
 
-def first_sound(
-    folder: AnyPath,
-    steps: Sequence[int],
-    restore: Callable[[int], Any],
-    advice: str,
-    set_aside: Callable[[int], None] = lambda step: None,
-) -> tuple[int, Any]:
-    """(step, what `restore` returns for it) of the first of `steps` whose checkpoint can be read.
-
-    Damaged ones before it are named on stderr and given to `set_aside`. Raises RunFailure, which ends with `advice`,
-    when none can be read.
+# What Orbax raises for files that are missing, cut short or garbled; TensorStore's errors are ValueErrors.
+DAMAGE = (ValueError, LookupError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# Those that are not about the files begin with one of these.
+OTHER_CAUSES = tuple(
     """
+    RESOURCE_EXHAUSTED PERMISSION_DENIED UNAUTHENTICATED UNAVAILABLE DEADLINE_EXCEEDED ABORTED CANCELLED INTERNAL
+    UNKNOWN
+    """.split()
+)
+
+
+def first_sound(
+    folder: AnyPath, steps: Sequence[int], restore: Callable[[int], Any], advice: str
+) -> tuple[int, Any, list[int]]:
+    """(step, what `restore` returns for it, damaged steps) of the first of `steps` whose checkpoint can be read, by all
+    processes. All of them must call it with the same steps.
+
+    Damaged ones before it are named on stderr. Raises RunFailure when none can be read, which ends with `advice`, and
+    at the first that cannot be read for another cause: memory, a permission, storage that is away.
+    """
+    damaged: list[int] = []
     reason = None
     for step in steps:
+        restored = reason = None
         try:
             with waiting_event_loops():
-                return step, restore(step)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            reason = (str(error) or type(error).__name__).splitlines()[0].partition(". See full TensorStore")[0]
+                restored = restore(step)
+        except Exception as error:
+            cause = _cause(error)
+            reason = _in_words(cause)
+            if not isinstance(cause, DAMAGE) or reason.startswith(OTHER_CAUSES):
+                raise RunFailure(
+                    f"cannot read checkpoint {folder / str(step)}: {reason}; its files may be sound: try again when "
+                    "that is mended, or move the checkpoint away to use the one before"
+                ) from error
+        reason = agree(reason)  # each process reads its own parts of the arrays
+        if reason is None:
+            return step, restored, damaged
+        if leads():
             print(f"revseg: warning: checkpoint {folder / str(step)} is damaged: {reason}", file=sys.stderr)
-            set_aside(step)
+        damaged.append(step)
     raise RunFailure(f"no checkpoint in {folder} can be read ({reason}): {advice}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Orbax wraps what goes wrong with an array."""
+    return error if error.__cause__ is None else _cause(error.__cause__)
+
+
+def _in_words(error: BaseException) -> str:
+    """The first line, without TensorStore's specifications."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text.partition(" [tensorstore_spec")[0].rstrip(".")
 
 
 class Checkpoints:
@@ -76,6 +112,7 @@ class Checkpoints:
 
     def __init__(self, folder: AnyPath, kept: NewestAndBest, before_save: Callable[[], None] = lambda: None):
         self.folder = absolute(folder)
+        self._aside = epath.Path(self.folder.parent) / "damaged"
         self._before_save = before_save
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=kept,
@@ -121,32 +158,55 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
-        """(step, state, iterator state) of the newest checkpoint that can be read, placed like `state`.
+        """(step, state, iterator state) of the newest checkpoint that can be read, placed like `state`. All processes
+        must call it and get the same step.
 
-        A damaged one (a disk that filled up, a file cut short) is named on stderr and set aside under `damaged/`.
-        Raises RunFailure when none is left.
+        A damaged one before it (a disk that filled up, a file cut short) is named on stderr and set aside under
+        `damaged/`. Raises RunFailure when none can be read, or one for another cause; all stay where they are then.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        step, restored = first_sound(
-            self.folder,
-            steps,
-            lambda step: self._manager.restore(step, args=items),  # setting one aside replaces the manager
-            advice="delete the run folder to start anew",
-            set_aside=self._set_aside,
-        )
+        steps = gather(sorted(self._manager.all_steps(), reverse=True))[0]
+        with self._reader() as reader:
+            step, restored, damaged = first_sound(
+                self.folder,
+                steps,
+                lambda step: reader.restore(step, args=items),
+                advice="repair the storage, or delete the run folder to start anew",
+            )
+        if damaged:
+            self._set_aside(damaged)
         return step, restored.state, restored.data
 
-    def _set_aside(self, step: int) -> None:
-        """The step is going to be saved again: its damaged folder makes room but is not deleted."""
-        self._manager.close()
-        aside = epath.Path(self.folder.parent) / "damaged"
-        aside.mkdir(exist_ok=True)
-        (aside / ".folder").write_text("")  # a store has only the folders in which something lies
-        (aside / str(step)).rmtree(missing_ok=True)
-        (epath.Path(self.folder) / str(step)).rename(aside / str(step))
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+    def _reader(self) -> ocp.CheckpointManager:
+        """Reads in this process alone: the others would wait for one that finds a damaged file."""
+        process = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """These steps are going to be saved again: their damaged folders make room but are not deleted. Of one step the
+        last is kept. The first process moves them; all must call it."""
+        if leads():
+            try:
+                self._aside.mkdir(exist_ok=True)
+                (self._aside / ".folder").write_text("")  # a store has only the folders in which something lies
+                for step in map(str, steps):
+                    (self._aside / step).rmtree(missing_ok=True)
+                    (epath.Path(self.folder) / step).rename(self._aside / step)
+            except OSError as error:
+                reason = error.strerror or error
+                raise RunFailure(
+                    f"cannot move damaged checkpoints from {self.folder} to {self._aside}: {reason}"
+                ) from None
+        gather(None)  # until they have been moved
+        self._manager.reload()
+
+    def damaged_steps(self) -> list[int]:
+        """The steps that lie under `damaged/`."""
+        names = [path.name for path in self._aside.iterdir()] if self._aside.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def close(self) -> None:
         """Waits for what is still being written. Raises RunFailure when it could not be."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,8 +40,8 @@ class RunFolder:
     """Opens `config.run.dir` for a training run, new or resumed.
 
     A resumed run must have the same data, start policy, tracker and config but for what `MAY_CHANGE` names. Raises
-    InputError when it has others, or when another process trains in the folder; RunFailure when the folder cannot be
-    written.
+    InputError when it has others, when its checkpoints are gone, or when another process trains in the folder;
+    RunFailure when the folder cannot be written.
     """
 
     def __init__(self, config: Config, fingerprints: list[str], policy: Path, tracker: dict[str, Any] | None = None):
@@ -59,10 +60,12 @@ class RunFolder:
             self.checkpoints = Checkpoints(folder, kept, before_save=self._mirror.push)
             self.resumes = self.checkpoints.latest_step() is not None
             conditions = manifest(config, fingerprints, policy, tracker)
+            before = self._last_start()
             if self.resumes:
                 check_same_settings(self.path, config)
-                conditions["earlier_starts"] = self._earlier_starts(conditions)
+                conditions["earlier_starts"] = self._earlier_starts(before, conditions)
             else:
+                self._check_never_saved(before)
                 self._forget_after(-1)
             write_whole(self.path / "config.yaml", to_yaml(config))
             write_whole(self.path / "run.json", json.dumps(conditions, indent=2) + "\n")
@@ -84,18 +87,40 @@ class RunFolder:
     def _unwritable(self, error: OSError) -> RunFailure:
         return RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}")
 
-    def _earlier_starts(self, conditions: dict[str, Any]) -> list[dict[str, Any]]:
-        """What run.json said at each start before this one, without the config. Raises InputError for other data,
-        another start policy, which is also the reference, or another tracker."""
+    def _last_start(self) -> dict[str, Any]:
         path = self.path / "run.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _earlier_starts(self, before: dict[str, Any], conditions: dict[str, Any]) -> list[dict[str, Any]]:
+        """What run.json said at each start before this one, without the config. Raises InputError for other data,
+        another start policy, which is also the reference, or another tracker.
+
+        before, conditions: what it says of the last start and of this one.
+        """
         if others := other_inputs(before, conditions):
             raise InputError(f"{self.path} holds a run with {', '.join(others)}: choose another run.dir")
         for difference in changed_conditions(before, conditions):
             print(f"revseg: warning: the run goes on with {difference}; that may change its bits", file=sys.stderr)
-        earlier = before.pop("earlier_starts", [])
-        before.pop("config", None)
-        return [*earlier, before] if before else earlier
+        last = {name: value for name, value in before.items() if name not in ("config", "earlier_starts")}
+        return [*before.get("earlier_starts", []), *([last] if last else [])]
+
+    def _check_never_saved(self, before: dict[str, Any]) -> None:
+        """Raises InputError when this run, which has no checkpoint, once had one: a new start would erase its logs. A
+        run that was killed before its first checkpoint was whole does start anew.
+
+        before: what run.json says of the last start.
+        """
+        damaged = self.checkpoints.damaged_steps()
+        went_on = "earlier_starts" in before
+        steps = [record["step"] for record in read_records(self.path / "metrics.jsonl")]
+        every = before["config"]["run"]["checkpoint_every"] if "config" in before else math.inf
+        # A second checkpoint is not begun before the first is whole.
+        if damaged or went_on or max(steps, default=0) > 2 * every:
+            back = f"move {damaged[-1]} from damaged/ back into checkpoints/, " if damaged else ""
+            raise InputError(
+                f"{self._mirror.folder} holds a run whose checkpoints are gone: repair the storage, {back}"
+                "choose another run.dir, or delete the folder to start anew"
+            )
 
     def _forget_after(self, step: int) -> None:
         """Drops what was logged after the checkpoint that the run goes on from: those steps are taken again.
