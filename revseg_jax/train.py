@@ -15,7 +15,7 @@ import numpy as np
 from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
-from revseg_jax.errors import RunFailure
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
 from revseg_jax.learner.experience import make_experience
 from revseg_jax.learner.flops import update_flops
@@ -91,12 +91,16 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
 
 
 def await_tracker(client: TrackerClient, patience: float) -> dict[str, Any]:
-    """What the run's manifest says of the tracker. Sidecars that were started together with the run have `patience`
-    seconds to come up. Raises SidecarAway."""
+    """What the run's manifest says of the tracker, which is the same in all processes; all of them must call it.
+
+    Sidecars that were started together with the run have `patience` seconds to come up. Raises SidecarAway, and
+    InputError when the processes' sidecars have different models: their rewards would be mixed.
+    """
     end, told = time.monotonic() + patience, False
     while True:
         try:
-            return description(client.info())
+            found = description(client.info())
+            break
         except SidecarAway as error:
             if time.monotonic() >= end:
                 raise
@@ -104,6 +108,14 @@ def await_tracker(client: TrackerClient, patience: float) -> dict[str, Any]:
                 print(f"revseg: {error}; waiting for up to {patience:.0f} s", file=sys.stderr)
             told = True
             time.sleep(1.0)  # for one that fails at once
+    first, *others = (known["tracker"] for known in gather(found))
+    for process, other in enumerate(others, 1):
+        if other["model"] != first["model"]:
+            raise InputError(
+                f"process {process} asks another tracker than process 0 ({other['checkpoint']} and "
+                f"{first['checkpoint']}): give all processes sidecars with the same checkpoint and config"
+            )
+    return found
 
 
 def run_steps(

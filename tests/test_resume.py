@@ -186,6 +186,20 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(opened, t
                 run.log(step, {}, {})
 
 
+def test_a_tracker_is_remembered_over_starts_that_ask_none(opened, tmp_path):
+    one, other = (
+        {"tracker": {"model": name, "checkpoint": f"{name}.pt"}, "tracker_device": name, "tracker_versions": {}}
+        for name in ("one", "other")
+    )
+    for tracker in (one, None, None):
+        with opened(tracker) as run:
+            if not run.resumes:
+                run.checkpoints.save(1, {"step": jnp.int32(1)}, {})
+        assert json.loads((tmp_path / "run/run.json").read_text()).items() >= one.items()
+    with pytest.raises(InputError, match="another tracker .one.pt and other.pt."):
+        opened(other)
+
+
 def test_logs_are_mended_at_a_start_and_else_left_alone(tmp_path):
     config = load_config(CONFIG, [f"run.dir={tmp_path}"])
     log = tmp_path / "evaluation.jsonl"

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from child_processes import run_two
 from safetensors.torch import load_file, save_file
 from tracker_setup import start_sidecar
 
@@ -141,3 +142,29 @@ def test_a_run_waits_for_sidecars_that_are_started_with_it(clips, sidecar, tmp_p
         sidecar[0] = sidecar.pop()[0]
     assert known["tracker"]["checkpoint"] == "embedded" and known["tracker_device"] == "cpu"
     assert capsys.readouterr().err.count("waiting for up to 300 s") == 1
+
+
+ASK = """
+import sys
+from revseg_jax.parallel.processes import failing_together
+from revseg_jax.parallel.startup import start_processes
+from revseg_jax.tracker import TrackerClient
+from revseg_jax.train import await_tracker
+
+start_processes()
+with failing_together(), TrackerClient([sys.argv[2 + int(sys.argv[1])]]) as client:
+    await_tracker(client, 0)
+"""
+
+
+def test_processes_that_ask_different_trackers_do_not_start(sidecar, other_checkpoint):
+    other, port = start_sidecar(other_checkpoint, Path("embedded"))
+    ports = sidecar[1], port
+    try:
+        ended = run_two(ASK, *(f"127.0.0.1:{port}" for port in ports))
+    finally:
+        other.kill()
+        other.wait()
+    for _, errors, status in ended:
+        assert status == 2, errors[-3000:]
+        assert f"process 1 asks another tracker than process 0 ({other_checkpoint} and embedded): give all" in errors

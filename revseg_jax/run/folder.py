@@ -20,7 +20,7 @@ from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.paths import write_whole
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
-from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs
+from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs, with_known_tracker
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
 from revseg_jax.run.mirror import Mirror
 
@@ -63,6 +63,7 @@ class RunFolder:
             before = self._last_start()
             if self.resumes:
                 check_same_settings(self.path, config)
+                conditions = with_known_tracker(before, conditions)
                 conditions["earlier_starts"] = self._earlier_starts(before, conditions)
             else:
                 self._check_never_saved(before)

@@ -36,11 +36,9 @@ PACKAGES = (
     "sam2",
 )
 EDGE_BYTES = 65536
+TRACKER = ("tracker", "tracker_device", "tracker_versions")
 # What may change the bits.
-CONDITIONS = (
-    *("versions", "platform", "device_kinds", "processes", "mesh", "flags"),
-    *("tracker_device", "tracker_versions"),
-)
+CONDITIONS = ("versions", "platform", "device_kinds", "processes", "mesh", "flags", *TRACKER[1:])
 
 
 def manifest(
@@ -83,6 +81,13 @@ def policy_fingerprint(folder: Path) -> str:
                     file.seek(begin)
                     parts += [path.name, size, file.read(EDGE_BYTES)]
     return digest(parts)
+
+
+def with_known_tracker(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The manifest `now`; when nobody asks a tracker in it, with the tracker of the start before: a later start that
+    asks one is compared with it."""
+    known = {} if "tracker" in now else {name: before[name] for name in TRACKER if name in before}
+    return now | known
 
 
 def other_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
