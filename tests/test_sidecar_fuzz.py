@@ -20,7 +20,7 @@ from revseg_jax.tracker.wire import MESSAGE_BYTES, truth_hash
 pytest_plugins = ["tracker_fixtures"]
 
 SERVICE = "/revseg.tracker.v1.Tracker/"
-STREAMED = {"PutClip": True, "Track": False, "Score": False, "SegmentFrames": False, "Info": False}
+STREAMED = {"PutClip": True, "Track": False, "Score": False, "Info": False}
 REFUSED = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
@@ -76,7 +76,7 @@ class Fuzzer:
             at = self.random.randrange(len(request))
             what = self.random.choice([bytes([self.random.randrange(256)]), b"", request[at : at + 9] * 2])
             request[at : at + self.random.randint(1, 3)] = what
-        return self.send(self.random.choice(["Track", "Score", "SegmentFrames"]), bytes(request))
+        return self.send(self.random.choice(["Track", "Score"]), bytes(request))
 
     def request(self, clip_id: str, truth_id: str, keyframe: int, box, frames) -> pb.ScoreRequest:
         box = dict(zip(("x1", "y1", "x2", "y2"), box, strict=True))
@@ -97,7 +97,7 @@ class Fuzzer:
             [choice(NUMBERS) for _ in range(choice([0, 1, 3, 1000]))],
         )
         method = "Track" if isinstance(request, pb.TrackRequest) else "Score"
-        return self.send(choice([method, "SegmentFrames"]), request.SerializeToString())
+        return self.send(method, request.SerializeToString())
 
     def stream(self):
         """PutClip in another order, cut short, with another header or with other bytes in its frames."""

@@ -1,4 +1,4 @@
-"""What a sidecar tells its operators, and single frames."""
+"""What a sidecar tells its operators."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from sam2.sam2_image_predictor import SAM2ImagePredictor
-from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, metrics, moving_shapes, some_prompts, start_sidecar
+from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, metrics, moving_shapes, start_sidecar
 
 from revseg_jax import cli
 from revseg_jax.config import RewardsConfig
@@ -22,38 +21,6 @@ from revseg_jax.tracker.clips import Limits
 from revseg_jax.tracker.process import run_sidecar
 
 pytest_plugins = ["tracker_fixtures"]
-
-
-# --- single frames
-
-
-@pytest.mark.parametrize("size", [(128, 128), (HEIGHT, WIDTH), (300, 200)])
-def test_frames_are_segmented_as_the_image_predictor_does(serving, model, size):
-    """The predictor gets the frames as the sidecar resizes them: its own resize has another filter."""
-    clip = moving_shapes(5, *size)
-    boxes = [box for _, box in some_prompts(5, 5)]
-    boxes[3] = None
-    service, port = serving()
-    with TrackerClient([f"127.0.0.1:{port}"]) as client:
-        masks = client.segment_frames(clip, boxes)
-        assert client.segment_frames(clip, [None] * 5).sum() == 0
-        with pytest.raises(InputError, match="boxes: 2 of them for a clip of 5"):
-            client.segment_frames(clip, boxes[:2])
-        with pytest.raises(InputError, match="box"):
-            client.segment_frames(clip, [*boxes[:4], (9.0, 9.0, 3.0, 3.0)])
-        assert service.engine.misses == 5  # features are shared with the other calls
-    assert masks.shape == (5, *size) and masks.dtype == bool and not masks[3].any()
-    predictor = SAM2ImagePredictor(model)
-    predictor._bb_feat_sizes = [(32, 32), (16, 16), (8, 8)]  # of the published size otherwise
-    held = next(iter(service.store._clips.values()))
-    for frame, box in enumerate(boxes):
-        if box is not None:
-            predictor.set_image(held.frame(frame, model.image_size).copy())
-            predictor._orig_hw = [size]
-            logits = predictor.predict(box=np.array(box), multimask_output=False, return_logits=True)[0][0]
-            different = masks[frame] != (logits > 0)
-            assert different.sum() <= 3 and (np.abs(logits[different]) < 1e-4).all(), different.sum()
-            assert 0 < masks[frame].mean() < 1
 
 
 # --- rewards
@@ -107,7 +74,6 @@ def test_answers_of_two_models_are_never_mixed(endpoint, checkpoint, capsys):
         for call in (
             lambda: client.track(clip, [(0, BOX)]),
             lambda: client.score(clip, [(0, BOX)], np.ones((2, HEIGHT, WIDTH), bool)),
-            lambda: client.segment_frames(clip, [BOX, BOX]),
         ):
             with pytest.raises(SidecarAway, match=words):
                 call()

@@ -94,29 +94,6 @@ class TrackerClient:
 
         return self._connections.call(ask, upload)
 
-    def segment_frames(self, clip: ClipFrames, boxes: Sequence[Sequence[float] | None]) -> np.ndarray:
-        """Masks bool [T, H, W] of one box a frame, each frame by itself as SAM2 segments an image; no tracking.
-
-        boxes: T of them, (x1, y1, x2, y2) in pixels of the clip; None where there is no object, and no mask.
-        """
-        first = self._first_info()
-        upload = clip_upload(clip, first.image_size)
-        if len(boxes) != upload.count:
-            raise InputError(f"boxes: {len(boxes)} of them for a clip of {upload.count} frames")
-        prompts = _prompts([(frame, box) for frame, box in enumerate(boxes) if box is not None])
-        request = pb.SegmentFramesRequest(prompts=prompts, clip_id=upload.header.clip_id, model=first.model)
-        shape = (upload.count, upload.header.height, upload.header.width)
-
-        def ask(endpoint: Endpoint) -> np.ndarray:
-            endpoint.put(upload, self._deadline)
-            masks = np.zeros(shape, bool)
-            for reply in endpoint.stub.SegmentFrames(request, timeout=self._deadline):
-                for mask in reply.masks:
-                    masks[mask.frame] = decode_masks([mask.counts], *shape[1:])[0]
-            return masks
-
-        return self._connections.call(ask, upload) if prompts else np.zeros(shape, bool)
-
     def track_stream(
         self, open_frames: Callable[[], Iterable[np.ndarray]], prompts: Sequence[Prompt]
     ) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Masks from features and boxes: SAM's prompt encoder and mask decoder, for frames of a video and for single images.
+"""Masks from features and boxes: SAM's prompt encoder and mask decoder, for frames of a video.
 
 In shapes: b prompts, C = hidden_dim, h x w the coarsest feature map, S = image_size.
 """
@@ -28,15 +28,6 @@ def decode_video(
         present = scores.sigmoid() if model.soft_no_obj_ptr else (scores > 0).float()
         pointers = (present * pointers if model.fixed_no_obj_ptr else pointers) + (1 - present) * model.no_obj_ptr
     return masks, pointers, scores
-
-
-@torch.inference_mode()
-def decode_images(model: SAM2Base, top: Tensor, fine: list[Tensor], boxes: Tensor) -> Tensor:
-    """float32 mask logits [b, 1, S/4, S/4] of boxes [b, 4] on images: SAM2ImagePredictor with multimask_output=False.
-
-    No verdict on absence here: the predictor of images has none. top: [b, C, h, w] as `forward_image` gives it.
-    """
-    return _decode(model, top + model.no_mem_embed.view(1, -1, 1, 1), fine, boxes, several=False)[0].float()
 
 
 def _decode(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from revseg_jax.errors import InputError
 from revseg_jax.tracker.clips import Clip
-from revseg_jax.tracker.decoding import decode_images
 from revseg_jax.tracker.features import FeatureCache
 from revseg_jax.tracker.propagation import plan, propagate, unsupported
 from revseg_jax.tracker.turns import Call, Turns
@@ -88,17 +87,6 @@ class Engine:
         wanted, call = None if frames is None else frozenset(frames), self.turns.arrive()
         for chosen in self._batches(clip, prompts):
             yield from self._track_together(call, clip, prompts, chosen, wanted, awaited)
-
-    def segment(self, clip: Clip, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
-        """As `track`, but each prompt on its keyframe alone, as SAM2ImagePredictor segments an image."""
-        call = self.turns.arrive()
-        for chosen in self._batches(clip, prompts):
-            frames = [prompts[index][0] for index in chosen]
-            with call.turn(), torch.inference_mode(), self._autocast():
-                *fine, top = self._look_up(clip, frames)
-                logits = decode_images(self.model, top, fine, self._boxes(clip, prompts, chosen))
-                masks = _masks(logits, clip)
-            yield chosen, frames, masks
 
     def _batches(self, clip: Clip, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Indices into prompts, by keyframe, as many at a time as go through the model together."""

@@ -129,13 +129,6 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             )
             return pb.ScoreReply(scores=scores)
 
-    def SegmentFrames(self, request, context):
-        with self._call(context, "SegmentFrames", request):
-            clip = self.store.get(_name(request, "clip_id"))
-            prompts, ids = self._prompts(request.prompts, clip, self.limits.max_frames)
-            for found in self.engine.segment(clip, prompts):
-                yield _reply(ids, *found)
-
     def Info(self, request, context):
         return pb.InfoReply(
             checkpoint=self.description.checkpoint,
@@ -238,13 +231,10 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
                 raise InputError("part: frames or truth must follow the header")
         return counts
 
-    def _prompts(
-        self, requested: Sequence[pb.Prompt], clip: Clip, most: int | None = None
-    ) -> tuple[list[Prompt], list[list[int]]]:
+    def _prompts(self, requested: Sequence[pb.Prompt], clip: Clip) -> tuple[list[Prompt], list[list[int]]]:
         """The different prompts, and the ids each of them answers for."""
-        most = most or self.limits.max_prompts
-        if not 1 <= len(requested) <= most:
-            raise InputError(f"prompts: {len(requested)} of them, not between 1 and {most}")
+        if not 1 <= len(requested) <= self.limits.max_prompts:
+            raise InputError(f"prompts: {len(requested)} of them, not between 1 and {self.limits.max_prompts}")
         ids: dict[Prompt, list[int]] = {}
         for prompt in requested:
             box = (prompt.x1, prompt.y1, prompt.x2, prompt.y2)

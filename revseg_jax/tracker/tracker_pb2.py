@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n revseg_jax/tracker/tracker.proto\x12\x11revseg.tracker.v1\"\xa8\x01\n\nClipHeader\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12-\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x1b.revseg.tracker.v1.Encoding\x12\x14\n\x0c\x66rame_height\x18\x04 \x01(\r\x12\x13\n\x0b\x66rame_width\x18\x05 \x01(\r\x12\x0f\n\x07\x63lip_id\x18\x06 \x01(\t\x12\x10\n\x08truth_id\x18\x07 \x01(\t\"(\n\nFramePiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\x17\n\x05Truth\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x0c\"\xa4\x01\n\x0ePutClipRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.revseg.tracker.v1.ClipHeaderH\x00\x12.\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.revseg.tracker.v1.FramePieceH\x00\x12)\n\x05truth\x18\x03 \x01(\x0b\x32\x18.revseg.tracker.v1.TruthH\x00\x42\x06\n\x04part\"F\n\x0cPutClipReply\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12\x11\n\tclip_held\x18\x02 \x01(\x08\x12\x12\n\ntruth_held\x18\x03 \x01(\x08\"]\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\r\x12\x10\n\x08keyframe\x18\x02 \x01(\x05\x12\n\n\x02x1\x18\x03 \x01(\x02\x12\n\n\x02y1\x18\x04 \x01(\x02\x12\n\n\x02x2\x18\x05 \x01(\x02\x12\n\n\x02y2\x18\x06 \x01(\x02\"j\n\x0cTrackRequest\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12*\n\x07prompts\x18\x02 \x03(\x0b\x32\x19.revseg.tracker.v1.Prompt\x12\x0e\n\x06\x66rames\x18\x03 \x03(\r\x12\r\n\x05model\x18\x04 \x01(\t\"b\n\x14SegmentFramesRequest\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12*\n\x07prompts\x18\x02 \x03(\x0b\x32\x19.revseg.tracker.v1.Prompt\x12\r\n\x05model\x18\x03 \x01(\t\"9\n\x04Mask\x12\x12\n\nprompt_ids\x18\x01 \x03(\r\x12\r\n\x05\x66rame\x18\x02 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\"4\n\nTrackReply\x12&\n\x05masks\x18\x01 \x03(\x0b\x32\x17.revseg.tracker.v1.Mask\"\x92\x01\n\x0cScoreRequest\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12\x10\n\x08truth_id\x18\x02 \x01(\t\x12*\n\x07prompts\x18\x03 \x03(\x0b\x32\x19.revseg.tracker.v1.Prompt\x12\x0e\n\x06\x66rames\x18\x04 \x03(\r\x12\x14\n\x0cskip_contour\x18\x05 \x01(\x08\x12\r\n\x05model\x18\x06 \x01(\t\"`\n\x0bPromptScore\x12\x11\n\tprompt_id\x18\x01 \x01(\r\x12\t\n\x01j\x18\x02 \x01(\x01\x12\t\n\x01\x66\x18\x03 \x01(\x01\x12\x13\n\x0bj_per_frame\x18\x04 \x03(\x01\x12\x13\n\x0b\x66_per_frame\x18\x05 \x03(\x01\"<\n\nScoreReply\x12.\n\x06scores\x18\x01 \x03(\x0b\x32\x1e.revseg.tracker.v1.PromptScore\"\r\n\x0bInfoRequest\"\x8e\x03\n\tInfoReply\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nimage_size\x18\x04 \x01(\r\x12\x12\n\nmax_frames\x18\x05 \x01(\r\x12\x12\n\nmax_pixels\x18\x06 \x01(\x04\x12\x13\n\x0bmax_prompts\x18\x07 \x01(\r\x12\x12\n\nclips_held\x18\x08 \x01(\r\x12<\n\x08versions\x18\t \x03(\x0b\x32*.revseg.tracker.v1.InfoReply.VersionsEntry\x12\x11\n\tmax_masks\x18\n \x01(\x04\x12\x11\n\tmax_calls\x18\x0b \x01(\r\x12\x11\n\tmax_clips\x18\x0c \x01(\r\x12\x16\n\x0emax_clip_bytes\x18\r \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x0e \x01(\r\x12\r\n\x05model\x18\x0f \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*7\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x08\n\x04JPEG\x10\x01\x12\x07\n\x03RGB\x10\x02\x32\x8f\x03\n\x07Tracker\x12O\n\x07PutClip\x12!.revseg.tracker.v1.PutClipRequest\x1a\x1f.revseg.tracker.v1.PutClipReply(\x01\x12I\n\x05Track\x12\x1f.revseg.tracker.v1.TrackRequest\x1a\x1d.revseg.tracker.v1.TrackReply0\x01\x12G\n\x05Score\x12\x1f.revseg.tracker.v1.ScoreRequest\x1a\x1d.revseg.tracker.v1.ScoreReply\x12Y\n\rSegmentFrames\x12\'.revseg.tracker.v1.SegmentFramesRequest\x1a\x1d.revseg.tracker.v1.TrackReply0\x01\x12\x44\n\x04Info\x12\x1e.revseg.tracker.v1.InfoRequest\x1a\x1c.revseg.tracker.v1.InfoReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n revseg_jax/tracker/tracker.proto\x12\x11revseg.tracker.v1\"\xa8\x01\n\nClipHeader\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12-\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x1b.revseg.tracker.v1.Encoding\x12\x14\n\x0c\x66rame_height\x18\x04 \x01(\r\x12\x13\n\x0b\x66rame_width\x18\x05 \x01(\r\x12\x0f\n\x07\x63lip_id\x18\x06 \x01(\t\x12\x10\n\x08truth_id\x18\x07 \x01(\t\"(\n\nFramePiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04last\x18\x02 \x01(\x08\"\x17\n\x05Truth\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x0c\"\xa4\x01\n\x0ePutClipRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.revseg.tracker.v1.ClipHeaderH\x00\x12.\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.revseg.tracker.v1.FramePieceH\x00\x12)\n\x05truth\x18\x03 \x01(\x0b\x32\x18.revseg.tracker.v1.TruthH\x00\x42\x06\n\x04part\"F\n\x0cPutClipReply\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12\x11\n\tclip_held\x18\x02 \x01(\x08\x12\x12\n\ntruth_held\x18\x03 \x01(\x08\"]\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\r\x12\x10\n\x08keyframe\x18\x02 \x01(\x05\x12\n\n\x02x1\x18\x03 \x01(\x02\x12\n\n\x02y1\x18\x04 \x01(\x02\x12\n\n\x02x2\x18\x05 \x01(\x02\x12\n\n\x02y2\x18\x06 \x01(\x02\"j\n\x0cTrackRequest\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12*\n\x07prompts\x18\x02 \x03(\x0b\x32\x19.revseg.tracker.v1.Prompt\x12\x0e\n\x06\x66rames\x18\x03 \x03(\r\x12\r\n\x05model\x18\x04 \x01(\t\"9\n\x04Mask\x12\x12\n\nprompt_ids\x18\x01 \x03(\r\x12\r\n\x05\x66rame\x18\x02 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\"4\n\nTrackReply\x12&\n\x05masks\x18\x01 \x03(\x0b\x32\x17.revseg.tracker.v1.Mask\"\x92\x01\n\x0cScoreRequest\x12\x0f\n\x07\x63lip_id\x18\x01 \x01(\t\x12\x10\n\x08truth_id\x18\x02 \x01(\t\x12*\n\x07prompts\x18\x03 \x03(\x0b\x32\x19.revseg.tracker.v1.Prompt\x12\x0e\n\x06\x66rames\x18\x04 \x03(\r\x12\x14\n\x0cskip_contour\x18\x05 \x01(\x08\x12\r\n\x05model\x18\x06 \x01(\t\"`\n\x0bPromptScore\x12\x11\n\tprompt_id\x18\x01 \x01(\r\x12\t\n\x01j\x18\x02 \x01(\x01\x12\t\n\x01\x66\x18\x03 \x01(\x01\x12\x13\n\x0bj_per_frame\x18\x04 \x03(\x01\x12\x13\n\x0b\x66_per_frame\x18\x05 \x03(\x01\"<\n\nScoreReply\x12.\n\x06scores\x18\x01 \x03(\x0b\x32\x1e.revseg.tracker.v1.PromptScore\"\r\n\x0bInfoRequest\"\x8e\x03\n\tInfoReply\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nimage_size\x18\x04 \x01(\r\x12\x12\n\nmax_frames\x18\x05 \x01(\r\x12\x12\n\nmax_pixels\x18\x06 \x01(\x04\x12\x13\n\x0bmax_prompts\x18\x07 \x01(\r\x12\x12\n\nclips_held\x18\x08 \x01(\r\x12<\n\x08versions\x18\t \x03(\x0b\x32*.revseg.tracker.v1.InfoReply.VersionsEntry\x12\x11\n\tmax_masks\x18\n \x01(\x04\x12\x11\n\tmax_calls\x18\x0b \x01(\r\x12\x11\n\tmax_clips\x18\x0c \x01(\r\x12\x16\n\x0emax_clip_bytes\x18\r \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x0e \x01(\r\x12\r\n\x05model\x18\x0f \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*7\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x08\n\x04JPEG\x10\x01\x12\x07\n\x03RGB\x10\x02\x32\xb4\x02\n\x07Tracker\x12O\n\x07PutClip\x12!.revseg.tracker.v1.PutClipRequest\x1a\x1f.revseg.tracker.v1.PutClipReply(\x01\x12I\n\x05Track\x12\x1f.revseg.tracker.v1.TrackRequest\x1a\x1d.revseg.tracker.v1.TrackReply0\x01\x12G\n\x05Score\x12\x1f.revseg.tracker.v1.ScoreRequest\x1a\x1d.revseg.tracker.v1.ScoreReply\x12\x44\n\x04Info\x12\x1e.revseg.tracker.v1.InfoRequest\x1a\x1c.revseg.tracker.v1.InfoReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INFOREPLY_VERSIONSENTRY']._loaded_options = None
   _globals['_INFOREPLY_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_ENCODING']._serialized_start=1673
-  _globals['_ENCODING']._serialized_end=1728
+  _globals['_ENCODING']._serialized_start=1573
+  _globals['_ENCODING']._serialized_end=1628
   _globals['_CLIPHEADER']._serialized_start=56
   _globals['_CLIPHEADER']._serialized_end=224
   _globals['_FRAMEPIECE']._serialized_start=226
@@ -49,24 +49,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_end=625
   _globals['_TRACKREQUEST']._serialized_start=627
   _globals['_TRACKREQUEST']._serialized_end=733
-  _globals['_SEGMENTFRAMESREQUEST']._serialized_start=735
-  _globals['_SEGMENTFRAMESREQUEST']._serialized_end=833
-  _globals['_MASK']._serialized_start=835
-  _globals['_MASK']._serialized_end=892
-  _globals['_TRACKREPLY']._serialized_start=894
-  _globals['_TRACKREPLY']._serialized_end=946
-  _globals['_SCOREREQUEST']._serialized_start=949
-  _globals['_SCOREREQUEST']._serialized_end=1095
-  _globals['_PROMPTSCORE']._serialized_start=1097
-  _globals['_PROMPTSCORE']._serialized_end=1193
-  _globals['_SCOREREPLY']._serialized_start=1195
-  _globals['_SCOREREPLY']._serialized_end=1255
-  _globals['_INFOREQUEST']._serialized_start=1257
-  _globals['_INFOREQUEST']._serialized_end=1270
-  _globals['_INFOREPLY']._serialized_start=1273
-  _globals['_INFOREPLY']._serialized_end=1671
-  _globals['_INFOREPLY_VERSIONSENTRY']._serialized_start=1624
-  _globals['_INFOREPLY_VERSIONSENTRY']._serialized_end=1671
-  _globals['_TRACKER']._serialized_start=1731
-  _globals['_TRACKER']._serialized_end=2130
+  _globals['_MASK']._serialized_start=735
+  _globals['_MASK']._serialized_end=792
+  _globals['_TRACKREPLY']._serialized_start=794
+  _globals['_TRACKREPLY']._serialized_end=846
+  _globals['_SCOREREQUEST']._serialized_start=849
+  _globals['_SCOREREQUEST']._serialized_end=995
+  _globals['_PROMPTSCORE']._serialized_start=997
+  _globals['_PROMPTSCORE']._serialized_end=1093
+  _globals['_SCOREREPLY']._serialized_start=1095
+  _globals['_SCOREREPLY']._serialized_end=1155
+  _globals['_INFOREQUEST']._serialized_start=1157
+  _globals['_INFOREQUEST']._serialized_end=1170
+  _globals['_INFOREPLY']._serialized_start=1173
+  _globals['_INFOREPLY']._serialized_end=1571
+  _globals['_INFOREPLY_VERSIONSENTRY']._serialized_start=1524
+  _globals['_INFOREPLY_VERSIONSENTRY']._serialized_end=1571
+  _globals['_TRACKER']._serialized_start=1631
+  _globals['_TRACKER']._serialized_end=1939
 # @@protoc_insertion_point(module_scope)

@@ -57,11 +57,6 @@ class TrackerStub:
                 request_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreReply.FromString,
                 _registered_method=True)
-        self.SegmentFrames = channel.unary_stream(
-                '/revseg.tracker.v1.Tracker/SegmentFrames',
-                request_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.SegmentFramesRequest.SerializeToString,
-                response_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.TrackReply.FromString,
-                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/revseg.tracker.v1.Tracker/Info',
                 request_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.InfoRequest.SerializeToString,
@@ -102,13 +97,6 @@ class TrackerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def SegmentFrames(self, request, context):
-        """Each prompt on its keyframe alone, as SAM2 segments an image: nothing is tracked or remembered.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Info(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -132,11 +120,6 @@ def add_TrackerServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreRequest.FromString,
                     response_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.ScoreReply.SerializeToString,
-            ),
-            'SegmentFrames': grpc.unary_stream_rpc_method_handler(
-                    servicer.SegmentFrames,
-                    request_deserializer=revseg__jax_dot_tracker_dot_tracker__pb2.SegmentFramesRequest.FromString,
-                    response_serializer=revseg__jax_dot_tracker_dot_tracker__pb2.TrackReply.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -233,33 +216,6 @@ class Tracker:
             '/revseg.tracker.v1.Tracker/Score',
             revseg__jax_dot_tracker_dot_tracker__pb2.ScoreRequest.SerializeToString,
             revseg__jax_dot_tracker_dot_tracker__pb2.ScoreReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def SegmentFrames(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/revseg.tracker.v1.Tracker/SegmentFrames',
-            revseg__jax_dot_tracker_dot_tracker__pb2.SegmentFramesRequest.SerializeToString,
-            revseg__jax_dot_tracker_dot_tracker__pb2.TrackReply.FromString,
             options,
             channel_credentials,
             insecure,
