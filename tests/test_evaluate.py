@@ -512,6 +512,11 @@ def test_a_folder_of_something_else_is_refused_before_a_sidecar_is_started(tmp_p
     assert stop.value.code == 2 and "is not empty and holds no evaluation" in capsys.readouterr().err
 
 
+def test_no_data_is_said_so():
+    with pytest.raises(InputError, match="no benchmark's data was named: write it"):
+        find_data([], ["all"])
+
+
 def test_frames_at_test_time_are_the_users_choice():
     from revseg_jax.config import load_config
 

@@ -358,6 +358,40 @@ def test_bad_data_is_named_and_counted(tmp_path):
     assert any("annotation 8: the mask of frame 3 is no COCO RLE" in line["message"] for line in lines)
 
 
+@pytest.mark.parametrize("masks", [None, "none", [{"size": [64]}] * 4, [{"size": [48, 80], "counts": None}] * 4])
+def test_masks_that_are_none_are_named(tmp_path, masks):
+    root = trees.lv_vis_official(tmp_path / "in")
+    file = root / "train_instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentations"] = masks
+    file.write_text(json.dumps(content))
+    prepared = prepare("lv_vis", root, tmp_path / "out", ["train"], workers=1, progress=False)
+    assert prepared["summary"]["train"]["problems"]["bad mask"] == 1
+    content["videos"][0]["file_names"] = []
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is not in the form of YouTube-VIS"):
+        prepare("lv_vis", root, tmp_path / "again", ["train"], workers=1, progress=False)
+
+
+@pytest.mark.parametrize("points", [None, [[1]], [["a", "b"]], [[float("nan"), 5], [1, 2]]])
+def test_polygons_that_are_none_are_named(tmp_path, points):
+    root = trees.reason_seg(tmp_path / "in")
+    annotation = json.loads((root / "val/12_a.json").read_text())
+    annotation["shapes"][0]["points"] = points
+    (root / "val/12_a.json").write_text(json.dumps(annotation))
+    prepared = prepare("reason_seg", root, tmp_path / "out", ["val"], workers=1, progress=False)
+    assert prepared["summary"]["val"]["problems"] == {"bad annotation": 1}
+
+
+def test_a_frame_that_cannot_be_opened_is_a_problem_of_its_video(tmp_path):
+    root = trees.mevis(tmp_path / "in")
+    frame = next((root / "valid_u/JPEGImages").glob("*/00002.jpg"))
+    frame.unlink()
+    frame.mkdir()
+    with pytest.raises(InputError, match=f"{frame.name} .*: Is a directory"):
+        prepare("mevis", root, tmp_path / "out", ["valid_u"], strict=True, workers=1, progress=False)
+
+
 @settings(deadline=None)
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40)))
 def test_run_lengths_are_those_of_the_pixels(mask):

@@ -219,6 +219,12 @@ def test_start_gives_images_and_boxes_their_weight(batch):
     assert learn_boxes(model, 25, seed=0) < learn_boxes(build_tracker(EMBEDDED / "tracker.yaml", None), 1, seed=0)
 
 
+@pytest.mark.parametrize("minutes", [float("nan"), float("inf"), 0, -1])
+def test_minutes_are_above_0(tmp_path, minutes):
+    with pytest.raises(InputError, match="is no number above 0"):
+        embedded_training.train_tracker(tmp_path, minutes=minutes)
+
+
 def test_command_writes_a_tracker_that_follows_from_its_seed(tmp_path):
     # 0.05 nominal minutes are 3 steps, one of each kind.
     notes = [embedded_training.train_tracker(tmp_path / name, seed=1, minutes=0.05, scored_clips=1) for name in "ab"]

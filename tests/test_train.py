@@ -106,6 +106,18 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     assert len(manifest["git"]["revision"]) == 40 and manifest["git"]["clean"] in (True, False)
 
 
+def test_a_wrong_place_shows_before_anything_is_loaded(clips, tmp_path):
+    options = [f"data.train=[{clips}]", "tracker.checkpoint=/nowhere.pt", "policy.path=/nowhere"]
+    config = load_config(CONFIG, [*options, "run.evaluate_every=1", "data.test=[/no/clips]", f"run.dir={tmp_path}"])
+    with pytest.raises(InputError, match="/no/clips is not a prepared dataset"):
+        train.main(config)
+
+
+def test_a_dataset_is_no_run_folder(clips, client):
+    with pytest.raises(InputError, match="is a prepared dataset: choose another folder"):
+        run(clips, client, clips, 1)
+
+
 def test_evaluations_keep_to_the_schedule_and_the_best_checkpoint_stays(clips, client, tmp_path, capsys):
     folder = tmp_path / "run"
     options = [f"data.test=[{clips}]", "run.evaluate_every=2", "run.keep_checkpoints=1", "learner.learning_rate=3e-3"]

@@ -65,7 +65,9 @@ def _read(dataset: str, source: Path, split: str) -> Listing:
     reader = DATASETS[dataset]
     try:
         return reader.read(source, split)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{reader.meta_file(source, split)} is not as {dataset} has it: {error!r}") from None
 
 

@@ -90,5 +90,6 @@ def find_data(folders: list[str], names: list[str]) -> dict[str, Path]:
             f"write it with `revseg prepare {b.dataset}` and name its folder with --data"
         )
     if not found:
-        raise InputError(f"no benchmark's data is in {', '.join(folders) or 'no folder at all'}: name one with --data")
+        where = f"is in {', '.join(folders)}" if folders else "was named"
+        raise InputError(f"no benchmark's data {where}: write it with `revseg prepare` and name its folder with --data")
     return found

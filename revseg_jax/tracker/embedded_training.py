@@ -15,6 +15,7 @@ from sam2.sam2_video_predictor import SAM2VideoPredictor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from revseg_jax.errors import InputError
 from revseg_jax.tracker import embedded_scores
 from revseg_jax.tracker.model import EMBEDDED, build_tracker
 from revseg_jax.tracker.training_data import Phase, Steps, make_batch
@@ -43,6 +44,8 @@ def train_tracker(out: Path, seed: int = 0, minutes: float = 40.0, scored_clips:
     """
     torch.set_num_threads(1)  # the tensors are small, and the order of additions stays the same
     torch.manual_seed(seed)
+    if not 0 < minutes < math.inf:
+        raise InputError(f"--minutes {minutes:g} is no number above 0")
     steps = max(1, round(minutes * STEPS_PER_MINUTE))
     model = build_tracker(EMBEDDED / "tracker.yaml", None).train()
     initialise(model, make_batch(seed, steps, SCHEDULE[0], model.image_size).frames.flatten(0, 1))

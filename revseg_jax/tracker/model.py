@@ -141,7 +141,9 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"tracker checkpoint {file} cannot be read: {_first_line(error)}") from None
     except Exception as error:  # torch.load has no common error class: pickle, zip, key and runtime errors all occur
-        raise InputError(f"tracker checkpoint {file} is not a PyTorch checkpoint: {_first_line(error)}") from None
+        # Not in its words, which advise to load what may be code.
+        kind = type(error).__name__
+        raise InputError(f"tracker checkpoint {file} is not a PyTorch checkpoint of tensors ({kind})") from None
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise InputError(f"tracker checkpoint {file} holds no tensors by name (expected a dict with the entry `model`)")

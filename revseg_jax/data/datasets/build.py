@@ -71,6 +71,8 @@ def _frames(video: ListedVideo) -> tuple[list[bytes], tuple[int, int]]:
             content = path.read_bytes()
         except FileNotFoundError:
             raise _BadFrame("missing frame", f"{path} is missing (video {video.id})") from None
+        except OSError as error:
+            raise _BadFrame("unreadable frame", f"{path} (video {video.id}): {error.strerror}") from None
         content, found = _upright(content, path, video.id)
         if size not in (None, found):
             sizes = f"{found[1]}x{found[0]} pixels, the frames before {size[1]}x{size[0]}"

@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
             return json.loads(content.decode(encoding))
         except UnicodeDecodeError:
             continue
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
             raise InputError(f"{path} is no JSON: {error}") from None
     raise InputError(f"{path} is neither UTF-8 nor cp1252 text")
 

@@ -43,8 +43,8 @@ def _official(meta: Path, images: Path) -> list[ListedVideo]:
             annotations[annotation["video_id"]].append(annotation)
         videos = sorted(content["videos"], key=lambda video: video["id"])
         return [_video(video, annotations[video["id"]], names, meta, images) for video in videos]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{meta} is not in the form of YouTube-VIS: {error!r} is missing") from None
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{meta} is not in the form of YouTube-VIS: {error!r}") from None
 
 
 def _video(video: dict, annotations: list[dict], names: dict[int, str], meta: Path, images: Path) -> ListedVideo:

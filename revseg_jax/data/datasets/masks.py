@@ -25,8 +25,9 @@ def run_length_masks(
     found: dict[str, Masks | Problem] = {}
     for name, rles in objects.items():
         try:
-            if len(rles) != frames:
-                raise InputError(f"{len(rles)} masks for {frames} frames")
+            if not isinstance(rles, list) or len(rles) != frames:
+                count = len(rles) if isinstance(rles, list) else "no list of"
+                raise InputError(f"{count} masks for {frames} frames")
             found[name] = [_run_length_mask(rle, t, height, width) for t, rle in enumerate(rles)]
         except InputError as error:
             found[name] = Problem("bad mask", video, f"{file}: video {video}, annotation {name}: {error}")
@@ -50,7 +51,7 @@ def _run_length_mask(rle: dict | list | None, frame: int, height: int, width: in
         if not runs[1::2].any():
             return None
         return {"size": size, "counts": counts} if isinstance(counts, bytes) else coco.frPyObjects(rle, height, width)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the mask of frame {frame} is no COCO RLE") from None

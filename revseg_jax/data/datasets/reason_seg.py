@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from revseg_jax.data.datasets.listing import (
     ListedExpression,
     ListedVideo,
@@ -44,14 +46,22 @@ def read(source: Path, split: str) -> Listing:
             videos.append(_image(image, read_json(image.with_suffix(".json"))))
         except InputError as error:
             problems.append(Problem("bad annotation", image.stem, str(error)))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             message = f"{image.with_suffix('.json')} is no annotation of ReasonSeg: {error!r}"
             problems.append(Problem("bad annotation", image.stem, message))
     return Listing(videos, FPS, problems=tuple(problems))
 
 
+def _polygon(points: list[list[float]]) -> list[tuple[float, float]]:
+    """Raises TypeError or ValueError for what is no polygon."""
+    polygon = [(float(x), float(y)) for x, y in points]
+    if not np.isfinite(polygon).all():
+        raise ValueError("a point that is not finite")
+    return polygon
+
+
 def _image(image: Path, annotation: dict) -> ListedVideo:
-    labelled = [(shape["label"].lower(), shape["points"]) for shape in annotation["shapes"]]
+    labelled = [(shape["label"].lower(), _polygon(shape["points"])) for shape in annotation["shapes"]]
     # "flag" is a mark of the annotators.
     shapes = [(VOID if "ignore" in label else TARGET, points) for label, points in labelled if label != "flag"]
     objects = (TARGET,) if any(name == TARGET for name, _ in shapes) else ()
