@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,7 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tracker_setup import BOX, HEIGHT, WIDTH, moving_shapes, slow_channel, some_prompts, stored, track_request, until
+from tracker_setup import (
+    BOX,
+    HEIGHT,
+    WIDTH,
+    moving_shapes,
+    slow_channel,
+    some_prompts,
+    start_sidecar,
+    stored,
+    track_request,
+    until,
+)
 
 from revseg_jax.chain.parsing import Turn1, Turn2
 from revseg_jax.config import load_config
@@ -22,10 +34,8 @@ from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.run.interruption import Interrupted, heed_sigterm
 from revseg_jax.tracker import SidecarAway, TrackerClient, connection, tracker_pb2_grpc
-from revseg_jax.tracker.clips import ClipStore, Limits
-from revseg_jax.tracker.engine import CallerGone, Engine
-from revseg_jax.tracker.service import Description, TrackerService
-from revseg_jax.tracker.sidecar import serve
+from revseg_jax.tracker.clips import Limits
+from revseg_jax.tracker.engine import CallerGone
 from revseg_jax.tracker.turns import TURNS_BEFORE_OTHERS, Turns
 from revseg_jax.tracker.upload import clip_upload
 
@@ -76,36 +86,54 @@ def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
         assert asked[0].result(300).j.shape == (1,)
 
 
-def test_a_sidecar_that_comes_back_is_asked_again(model, monkeypatch):
+def calls(log: Path) -> list[dict]:
+    """What a sidecar has logged of the calls it took."""
+    lines = map(json.loads, log.read_text().splitlines())
+    return [line for line in lines if line["event"] == "call"]
+
+
+def test_a_sidecar_that_comes_back_is_asked_again(checkpoint, config, tmp_path, monkeypatch):
     monkeypatch.setattr(connection, "LEFT_OUT_SECONDS", 0.1)
-    services = [TrackerService(Engine(model), Description("random", "small", "f" * 64, {}), Limits()) for _ in range(2)]
-    asked = [[], []]
-    for service, records in zip(services, asked, strict=True):
-        service.watchers.append(records.append)
-    first, _, port = serve(services[0])
-    second, _, other_port = serve(services[1])
+    logs = [tmp_path / "first", tmp_path / "second"]
+
+    def start(number: int, port: int = 0):
+        with open(logs[number], "a") as log:
+            return start_sidecar(checkpoint, config, port, log=log)
+
+    def logged(counts: list[int]) -> None:
+        until(lambda: [len(calls(log)) for log in logs] == counts)  # a line follows its answer
+
+    def clips_of(log: Path) -> set[str]:
+        return {call["clip"] for call in calls(log)}
+
+    sidecars = [start(number) for number in range(2)]
     try:
-        with TrackerClient([f"127.0.0.1:{port}", f"127.0.0.1:{other_port}"], patience_seconds=300) as client:
+        with TrackerClient([f"127.0.0.1:{port}" for _, port in sidecars], patience_seconds=300) as client:
             clips = [moving_shapes(1, seed=seed) for seed in range(4)]
-            for clip in clips:  # in turn
+            for clip in clips:  # in turn, each put there, then tracked
                 client.track(clip, [(0, BOX)])
-            held = [{record.clip for record in records} for records in asked]
+            logged([4, 4])
+            held = list(map(clips_of, logs))
             assert [len(ids) for ids in held] == [2, 2] and not held[0] & held[1]
             for clip in reversed(clips):  # and where they went before
                 client.track(clip, [(0, BOX)])
-            assert [{record.clip for record in records} for records in asked] == held
+            logged([6, 6])
+            assert list(map(clips_of, logs)) == held
             mine = next(clip for clip in clips if clip_upload(clip, 128).header.clip_id in held[0])
             expected = client.track(mine, [(0, BOX)])
-            first.stop(grace=None).wait()
-            before = [len(records) for records in asked]
+            logged([7, 6])
+            process, port = sidecars[0]
+            process.kill()
+            process.wait()
             np.testing.assert_array_equal(client.track(mine, [(0, BOX)]), expected)
-            assert [len(records) for records in asked] == [before[0], before[1] + 2]  # put there, then tracked
-            services[0].store = ClipStore(Limits())  # as after a start
-            first, _, _ = serve(services[0], port=port)
-            until(lambda: (client.track(mine, [(0, BOX)]) == expected).all() and len(asked[0]) > before[0])
+            logged([7, 8])
+            assert [call["method"] for call in calls(logs[1])[-2:]] == ["PutClip", "Track"]
+            sidecars[0] = start(0, port)
+            until(lambda: (client.track(mine, [(0, BOX)]) == expected).all() and len(calls(logs[0])) > 7)
     finally:
-        first.stop(grace=None).wait()
-        second.stop(grace=None).wait()
+        for process, _ in sidecars:
+            process.kill()
+            process.wait()
 
 
 def test_what_fails_at_one_sidecar_is_tried_once_at_another(serving, monkeypatch):
