@@ -67,10 +67,11 @@ def main(config: Config) -> None:
     needs_tracker = weights_from(config.rewards).mask > 0 or config.run.evaluate_every > 0
     if config.tracker.endpoints and not needs_tracker and leads():
         print("tracker.endpoints will not be asked: rewards.mask and run.evaluate_every are 0", file=sys.stderr)
-    if config.run.evaluate_every:  # what is wrong with it shows now, not when the policy is loaded
-        ClipSource(config.data.test, config.data.test_split)
-    with failing_together(), tracker_client(config) if needs_tracker else nullcontext() as client:
-        state = train(config, load_engine(config), client)
+    with failing_together():
+        if config.run.evaluate_every:  # what is wrong with it shows now, not when the policy is loaded
+            ClipSource(config.data.test, config.data.test_split)
+        with tracker_client(config) if needs_tracker else nullcontext() as client:
+            state = train(config, load_engine(config), client)
         # Of several processes none has all parameters.
         known = parameter_digest(state.trained) if jax.process_count() == 1 else "spread over the processes"
     if leads():

@@ -92,6 +92,7 @@ VISION_DEFAULTS = {
     "fullatt_block_indexes": (7, 15, 23, 31),
     "tokens_per_second": 4,
 }
+REALS = ("rms_norm_eps", "rope_theta", "tokens_per_second")  # all other defaults are whole numbers
 TOKEN_DEFAULTS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -130,9 +131,10 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     unsupported = [f"{key}={value!r}" for key, (value, allowed) in supported.items() if value not in allowed]
     if unsupported:
         raise InputError(f"{where}: not supported: {', '.join(unsupported)}")
-    sizes = [(key, text_raw[key]) for key in TEXT_DEFAULTS if key not in ("rms_norm_eps", "rope_theta")]
-    sizes += [(f"vision_config.{key}", vision_raw[key]) for key in ("hidden_size", *VISION_DEFAULTS)]
-    sizes.remove(("vision_config.tokens_per_second", vision_raw["tokens_per_second"]))  # any number will do
+    sizes = [(key, text_raw[key]) for key in TEXT_DEFAULTS if key not in REALS]
+    sizes += [
+        (f"vision_config.{key}", vision_raw[key]) for key in ("hidden_size", *VISION_DEFAULTS) if key not in REALS
+    ]
     sizes += [(key, tokens[key]) for key in TOKEN_DEFAULTS]
     wrong = [f"{key}={value!r}" for key, value in sizes if not _is_count(value)]
     if wrong:

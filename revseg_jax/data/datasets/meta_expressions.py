@@ -56,8 +56,7 @@ def videos_with_mask_dict(
     """Videos whose expressions name their objects by `anno_id` in a mask_dict (None: no public truth).
 
     mask_files: the mask_dict's, and then those of extra_masks, which gives a video's masks that no expression names.
-    All masks stand in the order of the video's own list of
-    frames, whatever that is, and get that of `frames_of`.
+    All masks stand in the order of the video's own list of frames, whatever that is, and get that of `frames_of`.
     """
     listed = []
     for name, video in read_videos(meta).items():
