@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.parallel.device_memory import explain_full_memory
 from revseg_jax.paths import cache_folder, local_only
+from revseg_jax.run.interruption import Interrupted, ended_by_sigterm, swallowed_signals_sent_again
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         options, rest = self.parse_known_args(arguments, namespace)
         if rest:
             if not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-                self.error(f"unrecognized arguments: {' '.join(rest)}")
+                options.command.error(f"unrecognized arguments: {' '.join(rest)}")
             options.overrides = [*options.overrides, *rest]
         return options
 
@@ -45,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache_folder(), "compilations"))
     spare_absent_chips()
     try:
-        options.run(options)
+        with swallowed_signals_sent_again():
+            options.run(options)
     except (InputError, RunFailure) as error:
         if options.debug:
             raise
@@ -54,6 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("revseg: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Interrupted:
+        print("revseg: stopped by SIGTERM", file=sys.stderr)
+        sys.exit(143)
+    except MemoryError:
+        if options.debug:
+            raise
+        print("revseg: error: this machine's memory is full", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if options.debug or error.filename is None:
             raise
@@ -83,14 +94,21 @@ def count(text: str) -> int:
     return int(text)
 
 
+def at_least_one(text: str) -> int:
+    if not count(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
 def parser() -> Parser:
     root = Parser(prog="revseg", description="Reasoning video object segmentation, trained by reinforcement learning.")
+    root.add_argument("--version", action="version", version=f"revseg-jax {version('revseg-jax')}")
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--debug", action="store_true", help="show tracebacks")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, command=sub)
         return sub
 
     def configurable(sub: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -193,7 +211,7 @@ def parser() -> Parser:
 
     verify = command("verify", run_verify, "Take a run's first steps again and compare them bit for bit.")
     verify.add_argument("folder", metavar="RUN")
-    verify.add_argument("--steps", type=int, default=3)
+    verify.add_argument("--steps", type=at_least_one, default=3, help="of its first (default: %(default)s)")
 
     export = command("export", run_export, "Write a run's policy in Hugging Face layout.")
     export.add_argument("folder", metavar="RUN")
@@ -299,17 +317,18 @@ def run_segment(options: argparse.Namespace) -> None:
     local_only(options.out)
     from revseg_jax import segment
 
-    segment.main(
-        options.video,
-        options.query,
-        options.out,
-        policy=options.policy,
-        tracker=options.tracker,
-        tracker_config=options.tracker_config,
-        endpoints=options.endpoint,
-        token_file=options.token_file,
-        tls_ca=options.tls_ca,
-    )
+    with ended_by_sigterm():
+        segment.main(
+            options.video,
+            options.query,
+            options.out,
+            policy=options.policy,
+            tracker=options.tracker,
+            tracker_config=options.tracker_config,
+            endpoints=options.endpoint,
+            token_file=options.token_file,
+            tls_ca=options.tls_ca,
+        )
 
 
 def run_sidecar(options: argparse.Namespace) -> None:
@@ -320,7 +339,9 @@ def run_sidecar(options: argparse.Namespace) -> None:
         from revseg_jax.tracker.connection import check
 
         tls = TLS(options.tls_ca, *certificate) if options.tls_ca else None
-        sys.exit(0 if check(options.host, options.port, tls=tls) else 1)
+        if not check(options.host, options.port, tls=tls):
+            raise RunFailure(f"no sidecar serves at {options.host}:{options.port}")
+        return
     if options.tls_client_ca and certificate == (None, None):
         raise InputError("--tls-client-ca needs --tls-certificate and --tls-key")
     tls = ServerTLS(*certificate, options.tls_client_ca) if any(certificate) else None
@@ -362,7 +383,8 @@ def run_verify(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     from revseg_jax import export
 
-    export.main(options.folder, options.out, options.best)
+    with ended_by_sigterm():
+        export.main(options.folder, options.out, options.best)
 
 
 def run_report(options: argparse.Namespace) -> None:

@@ -18,12 +18,12 @@ from revseg_jax.evaluation.protocols import Row, rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
 from revseg_jax.evaluation.table import markdown, terminal
-from revseg_jax.paths import write_whole
+from revseg_jax.paths import take_lock, write_whole
 from revseg_jax.policy.checkpoint import policy_digest, read_chain, resolve_folder
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
 
-SETTINGS, RESULTS = "settings.json", "results.json"
+SETTINGS, RESULTS, LOCK = "settings.json", "results.json", "lock"
 
 
 def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = False, workers: int = 0) -> list[Row]:
@@ -35,28 +35,19 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
     """
     data = find_data(list(config.data.test), list(benchmarks))
     folder = Path(out)
-    failures: dict[str, Counter[str]] = {}
-    settings = _settings(config, sampled, data)
-    _settings_with(folder, settings)  # what needs no tracker is refused before one is started
-    with tracker_client(config) as client:
-        settings = _settings_with(folder, settings | {"tracker": client.info().model})
-        loaded = load_engine(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
-        engine = loaded.engine if sampled else loaded.greedy
-        for name, path in data.items():
-            params = loaded.trained, loaded.frozen
-            failures[name] = predict(BENCHMARKS[name], path, folder / name, engine, params, client, config.run.seed)
+    failures = _predict_all(config, data, folder, sampled)
 
     rows: list[Row] = []
     for name, path in data.items():
         benchmark, predictions = BENCHMARKS[name], folder / name / PREDICTIONS
         if benchmark.server is not None:
             write_submission(benchmark, path, predictions, folder / name / "submission.zip")
-        if read_prepared(path)["truth"][benchmark.split]:
+        prepared = read_prepared(path)
+        if prepared["truth"][benchmark.split]:
             rows += rows_of(benchmark, score_benchmark(benchmark, path, predictions, workers))
         else:
-            rows.append(Row(benchmark.title, None, None, None, f"a server scores {name}/submission.zip", 0, 0, {}))
+            asked, note = prepared["summary"][benchmark.split]["expressions"], f"a server scores {name}/submission.zip"
+            rows.append(Row(benchmark.title, None, None, None, note, asked, 0, {}))
     _write_results(folder, rows, failures)
     print(terminal(rows))
     for name, causes in failures.items():
@@ -64,6 +55,22 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
             print(f"{name}: {count} chains failed, {cause}")
     print(f"written: {folder / RESULTS}, {folder / 'results.md'}")
     return rows
+
+
+def _predict_all(config: Config, data: dict[str, Path], folder: Path, sampled: bool) -> dict[str, Counter[str]]:
+    """Masks of every benchmark's expressions; returns how many chains failed of which cause, by benchmark."""
+    settings, failures = _settings(config, sampled, data), {}
+    _check_settings(folder, settings)  # what needs no tracker is refused before one is started
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder / LOCK, f"another process evaluates into {folder}: wait for it or choose another --out")
+    with lock, tracker_client(config) as client:
+        settings = _check_settings(folder, settings | {"tracker": client.info().model})
+        loaded = load_engine(config)
+        engine, params = loaded.engine if sampled else loaded.greedy, (loaded.trained, loaded.frozen)
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        for name, path in data.items():
+            failures[name] = predict(BENCHMARKS[name], path, folder / name, engine, params, client, config.run.seed)
+    return failures
 
 
 def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str]) -> Config:
@@ -89,8 +96,8 @@ def _settings(config: Config, sampled: bool, data: dict[str, Path]) -> dict[str,
     return json.loads(json.dumps(settings))
 
 
-def _settings_with(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """With those of the folder, which must agree: predictions of two policies must not be mixed."""
+def _check_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with those of the folder, which must agree: predictions of two policies must not be mixed."""
     path = folder / SETTINGS
     if path.exists():
         old = json.loads(path.read_text())
@@ -99,7 +106,7 @@ def _settings_with(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if changed:
             raise InputError(f"{folder} holds predictions of another {', '.join(changed)}: choose another --out")
         return settings | {"data": old["data"] | settings["data"]}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
     return settings
 

@@ -6,12 +6,14 @@ What only a disk can do (memory maps, appending, locks) is done on a copy: of a 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from revseg_jax.errors import InputError, RunFailure
 
@@ -96,6 +98,18 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def take_lock(path: Path, refusal: str) -> IO[str]:
+    """Holds a local file, made if it is not there, until what is returned is closed or the process ends, however it
+    ends: then the operating system lets go of it. Raises InputError(refusal) when another process holds it."""
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(refusal) from None
+    return file
 
 
 def cache_folder() -> str:

@@ -26,7 +26,7 @@ from revseg_jax.data.prepare import prepare
 from revseg_jax.data.records import FOREGROUND, VOID, VideoExpression, VideoTruth
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
-from revseg_jax.errors import InputError
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.evaluation import predict as prediction
 from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
 from revseg_jax.evaluation.chains import failure_cause
@@ -370,6 +370,12 @@ def test_submissions(tmp_path, data, name, first):
         assert len(archive.namelist()) == sum(len(names) for names in names_of(data, name).values())
         with archive.open(first) as file, Image.open(file) as image:
             assert image.mode == "L" and image.size == (WIDTH, HEIGHT)
+    (tmp_path / "folder.zip").mkdir()
+    before = set(tmp_path.iterdir())
+    for out in (tmp_path / "folder.zip", tmp_path / "nowhere/s.zip", tmp_path / "s.zip/s.zip"):
+        with pytest.raises(RunFailure, match=f"cannot write {out}: "):
+            write_submission(benchmark, folder, root, out)
+    assert set(tmp_path.iterdir()) == before
     bad = root / first.removeprefix("Annotations/")
     Image.new("P", (WIDTH, HEIGHT)).save(bad)
     assert any("grey" in message for message in check_submission(benchmark, folder, root)[1])
@@ -441,6 +447,9 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     command = [sys.executable, "-c", slow, str(stopped), str(2 + total // 2), *arguments]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     wait_for(lambda: stopped.exists() or process.poll() is not None)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "another process evaluates into" in capsys.readouterr().err
     process.kill()
     assert process.wait() == -signal.SIGKILL
     done = len((out / "synthetic/chains.jsonl").read_text().splitlines())
@@ -476,7 +485,7 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
         masks = np.stack([np.asarray(Image.open(folder / f"{name}.png")) > 0 for name in clip.frame_names])
         scores.append(jf(masks, np.stack([decode_mask(m, clip.height, clip.width) for m in clip.masks])))
     unknown, row = results["rows"][:2]
-    assert unknown["title"] == "MeViS valid" and unknown["jf"] is None
+    assert unknown["title"] == "MeViS valid" and unknown["jf"] is None and unknown["expressions"] == 2
     assert (row["j"], row["f"]) == pytest.approx(tuple(np.mean(scores, axis=0)))
     assert f"{row['jf']:.1f}" in printed.out and "| synthetic, held out |" in (out / "results.md").read_text()
     with pytest.raises(SystemExit):

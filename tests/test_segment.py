@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
@@ -243,6 +245,8 @@ def test_failures_on_the_way(tmp_path, clip, endpoint, answers, monkeypatch, cap
     fails(capsys, 1, "cannot write", *here, str(tmp_path / ("x" * 300)))
     monkeypatch.setattr(segment, "write_video", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     fails(capsys, 130, "interrupted", *here, out)
+    monkeypatch.setattr(segment, "write_video", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    fails(capsys, 143, "stopped by SIGTERM", *here, out)
     assert left_in(tmp_path) == before
 
 

@@ -1,18 +1,40 @@
-"""Worker processes that never outlive the command."""
+"""Worker processes that never outlive the command, and leave Ctrl-C to it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
+
+
+class WorkerProcess(SpawnProcess):
+    """Never sees Ctrl-C, which a terminal sends to every process of a command: its parent answers. Met at an import it
+    would end in a traceback, and met while the process holds the lock of a queue it would leave the others waiting."""
+
+    def start(self) -> None:
+        resource_tracker.ensure_running()  # its start opens the mask, and would otherwise come with the first process's
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process is born with its parent's
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class WorkerContext(SpawnContext):
+    """Of `multiprocessing`. Processes are spawned: array_record's threads do not survive a fork."""
+
+    Process = WorkerProcess
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes are spawned: array_record's threads do not survive a fork. They end when this process is killed, which
-    the standard pool does not see to: left alone they would go on writing beside the next start."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    """Its processes end when this one is killed, which the standard pool does not see to: left alone they would go on
+    writing beside the next start."""
+    return ProcessPoolExecutor(workers, WorkerContext(), initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:

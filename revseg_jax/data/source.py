@@ -98,6 +98,8 @@ class ClipSource:
             if folder not in self._readers:
                 self._readers[folder] = _open(self.folders[folder], self.split)
             record = self._readers[folder][position]
+        except MemoryError:
+            raise
         except Exception as error:  # TFDS and array_record raise many kinds; all mean that the files are damaged
             raise InputError(
                 f"{self.folders[folder]}: record {position} of {self.split!r} cannot be read from the array_record "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import threading
@@ -11,6 +10,7 @@ from multiprocessing.connection import Connection
 
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.example import Example, make_example
+from revseg_jax.data.processes import WorkerContext
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import RunFailure
 
@@ -49,7 +49,7 @@ class ExampleWorkers:
         return answer
 
     def _started(self) -> queue.SimpleQueue[Connection]:
-        spawn, idle = multiprocessing.get_context("spawn"), queue.SimpleQueue()
+        spawn, idle = WorkerContext(), queue.SimpleQueue()
         for _ in range(self._count):
             ours, theirs = spawn.Pipe()
             spawn.Process(target=_serve, args=(theirs, self._source, self._chain), daemon=True).start()

@@ -6,8 +6,6 @@ report is there, which is written last. When all are, their files become the sha
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,7 +25,7 @@ from revseg_jax.data.prepared import FORMAT, MARKER, read_prepared
 from revseg_jax.data.processes import process_pool
 from revseg_jax.data.records import features, hash_record
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import local_only
+from revseg_jax.paths import local_only, take_lock
 
 PROBLEMS = "problems.jsonl"
 Built = tuple[dict | None, list[Problem]]  # a video's record, None when it is unusable, and what is wrong with it
@@ -85,7 +83,7 @@ def write_dataset(
     work = out.parent / f".{out.name}.{digest}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with _locked(work):
+        with take_lock(work / "lock", f"another process is writing {work}: wait for it"):
             if out.exists():  # another process has finished it meanwhile
                 return _reuse(out, settings, strict)
             todo = list(parts())
@@ -109,16 +107,6 @@ def _reuse(out: Path, settings: dict[str, Any], strict: bool) -> dict[str, Any]:
     if strict and any(summary["problems"] for summary in prepared["summary"].values()):
         raise InputError(f"{out} was written in spite of the problems in {out / PROBLEMS}: mend them and delete it")
     return prepared
-
-
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing {work}: wait for it") from None
-        yield
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from revseg_jax.data.source import ClipSource
-from revseg_jax.errors import InputError
+from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.evaluation.benchmarks import Benchmark
 from revseg_jax.evaluation.predictions import prediction_folder, predictions_root, read_mask
 
@@ -46,8 +47,14 @@ def write_submission(benchmark: Benchmark, data: Path, predictions: Path, out: P
     source = ClipSource([data], benchmark.split)
     root = predictions_root(predictions, [video for video, _ in source.ids()])
     partial = out.with_name(f".{out.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
-        for path in files:
-            archive.write(path, f"{benchmark.server}{path.relative_to(root).as_posix()}")
-    os.replace(partial, out)
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
+            for path in files:
+                archive.write(path, f"{benchmark.server}{path.relative_to(root).as_posix()}")
+        os.replace(partial, out)
+    except OSError as error:
+        raise RunFailure(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):  # it became the zip, or never was
+            partial.unlink()
     return len(files)

@@ -6,19 +6,18 @@ config.yaml  run.json  metrics.jsonl  digests.jsonl  evaluation.jsonl  tensorboa
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import write_whole
+from revseg_jax.paths import take_lock, write_whole
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs, with_known_tracker
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
@@ -52,7 +51,8 @@ class RunFolder:
         try:
             for name in ("traces", "checkpoints"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            refusal = f"another process is training in {self.path}: wait for it or choose another run.dir"
+            self._lock = take_lock(self.path / "lock", refusal)
             self._mirror.pull()
             self.scores: dict[int, float] = {}  # J&F of the evaluations of this run so far, by step
             kept = NewestAndBest(config.run.keep_checkpoints, config.run.keep_best, self.scores)
@@ -73,17 +73,6 @@ class RunFolder:
             self._writer = MetricsWriter(self.path, config.run.wandb, dataclasses.asdict(config))
         except OSError as error:
             raise self._unwritable(error) from None
-
-    def _take_lock(self) -> IO[str]:
-        """The operating system lets go of it when the process ends, however it ends."""
-        file = open(self.path / "lock", "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process is training in {self.path}: wait for it or choose another run.dir"
-            ) from None
-        return file
 
     def _unwritable(self, error: OSError) -> RunFailure:
         return RunFailure(f"cannot write the run folder {self.path}: {error.strerror or error}")

@@ -1,15 +1,50 @@
-"""Stopping between two phases of a step when the machine is about to be taken away."""
+"""Signals that end a command, and stopping between two phases of a step when the machine is about to be taken away."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+AGAIN_SECONDS = 1.0  # longer than a collection, in which other libraries' finalizers drop it unseen
+
 
 class Interrupted(BaseException):
     """SIGTERM has come while `Interruption.at_once` was in force. Not an Exception, so that nothing swallows it."""
+
+
+@contextmanager
+def swallowed_signals_sent_again() -> Iterator[None]:
+    """Python drops whatever a signal's handler raises inside a finalizer or a callback of the garbage collector, of
+    which JAX has one: the command would go on as if nothing had come. While the block runs such a signal is sent
+    again."""
+    before = sys.unraisablehook
+
+    def send_again(dropped) -> None:
+        signals = {KeyboardInterrupt: signal.SIGINT, Interrupted: signal.SIGTERM}
+        if dropped.exc_type not in signals:
+            before(dropped)
+            return
+        timer = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signals[dropped.exc_type]))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """The block is left by Interrupted when SIGTERM comes, so that what is half written is taken away."""
+    with heed_sigterm() as interruption, interruption.at_once():
+        yield
 
 
 @dataclass

@@ -140,6 +140,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"tracker checkpoint {file} cannot be read: {_first_line(error)}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # torch.load has no common error class: pickle, zip, key and runtime errors all occur
         # Not in its words, which advise to load what may be code.
         kind = type(error).__name__
