@@ -253,7 +253,9 @@ def run_train(options: argparse.Namespace) -> None:
 def run_compile(options: argparse.Namespace) -> None:
     config = load(options, ["run.dir=."])
     # libtpu asks no metadata server and takes no chip: it only compiles.
-    for name, value in (("JAX_PLATFORMS", "cpu"), ("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+    quiet = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}  # it warns when it knows neither
+    alone = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in (alone | quiet).items():
         os.environ.setdefault(name, value)
     from revseg_jax import compile
 

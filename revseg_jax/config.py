@@ -8,6 +8,7 @@ adds the checks that involve more than one field. Every default here is the pape
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import io
 import math
 import os
@@ -15,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from revseg_jax.errors import InputError
-from revseg_jax.paths import path_of
+from revseg_jax.paths import AnyPath, path_of
 
 TURN1_PROMPT = (
     'The video lasts {seconds:.1f} seconds and is shown as {frames} frames at fps={fps:g}. Question: "{query}"\n'
@@ -239,7 +241,7 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
         for node in (tree, *tree.values(), tree.learner.ppo, tree.mesh.axes):
             OmegaConf.set_readonly(node, False)  # frozen dataclasses give read-only nodes, and merging writes
         for path in paths:
-            tree = OmegaConf.merge(tree, OmegaConf.load(io.StringIO(path_of(path).read_text("utf-8"))))
+            tree = OmegaConf.merge(tree, OmegaConf.load(io.StringIO(config_file(path).read_text("utf-8"))))
         path = None
         for override in overrides:
             if "=" not in override:
@@ -259,8 +261,10 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
         raise InputError(f"config file {path} does not exist") from None
     except OmegaConfBaseException as error:
         where = f"{path}: " if path is not None else ""
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise InputError(f"{where}{key}{str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None)
+        meant = difflib.get_close_matches(key, field_names(Config)) if isinstance(error, ConfigKeyError) else ()
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        raise InputError(f"{where}{f'{key}: ' if key else ''}{str(error).splitlines()[0]}{hint}") from None
     except yaml.YAMLError as error:
         raise InputError(f"config file {path} is not valid YAML: {yaml_fault(error)}") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -271,9 +275,25 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
     return config
 
 
+def config_file(name: str | Path) -> AnyPath:
+    """The file of that name, or else the one that came with this package: configs/demo.yaml is found anywhere."""
+    path, packaged = path_of(name), Path(__file__).parent / name
+    return packaged if packaged.is_file() and not path.exists() else path
+
+
+def field_names(of: type, before: str = "") -> list[str]:
+    """All keys of a tree of dataclasses: run, run.dir, ..."""
+    names = []
+    for name, kind in get_type_hints(of).items():
+        names.append(before + name)
+        if dataclasses.is_dataclass(kind):
+            names += field_names(kind, f"{before}{name}.")
+    return names
+
+
 def named_fields(section: str, paths: Sequence[str | Path], overrides: Sequence[str]) -> set[str]:
     """The fields of a section that YAML files or `key=value` overrides, which `load_config` has accepted, give."""
-    files = [OmegaConf.load(io.StringIO(path_of(path).read_text("utf-8"))) for path in paths]
+    files = [OmegaConf.load(io.StringIO(config_file(path).read_text("utf-8"))) for path in paths]
     given = {str(key) for file in files for key in file.get(section) or ()}
     keys = (override.partition("=")[0] for override in overrides)
     return given | {key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")}

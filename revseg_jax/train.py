@@ -62,6 +62,8 @@ def tracker_client(config: Config) -> AbstractContextManager[TrackerClient]:
 
 
 def main(config: Config) -> None:
+    if config.learner.algorithm == "grpo" and not config.rollout.temperature:
+        raise InputError("rollout.temperature=0: the rollouts of a group would be the same, and grpo learn nothing")
     if config.run.deterministic:
         use_deterministic_kernels()
     needs_tracker = weights_from(config.rewards).mask > 0 or config.run.evaluate_every > 0

@@ -57,3 +57,17 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def children(process: int) -> set[int]:
+    try:
+        return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+    except FileNotFoundError:
+        return set()
+
+
+def running(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -211,3 +211,15 @@ def reason_seg(root: Path) -> Path:
         content = json.dumps({**annotation, "text": ["the caf\u00e9\u2019s sign"]}, ensure_ascii=False)
         (root / split / "9.json").write_bytes(content.encode("cp1252"))
     return root
+
+
+def many_videos(root: Path, count: int) -> Path:
+    names = [f"{t:05d}" for t in range(4)]
+    masks = {str(v): [rle(mask) for mask in moving(4, v % 40, 3)] for v in range(count)}
+    expression = {"exp": "it", "obj_id": [0]}
+    videos = {f"{v:04d}": {"expressions": {"0": {**expression, "anno_id": [v]}}, "frames": names} for v in range(count)}
+    write_json(root / "train/meta_expressions.json", {"videos": videos})
+    write_json(root / "train/mask_dict.json", masks)
+    for v in range(count):
+        frames_in(root / f"train/JPEGImages/{v:04d}", names, seed=v)
+    return root

@@ -33,6 +33,10 @@ def failing(capsys, *arguments: str) -> tuple[int, str]:
     ("arguments", "words"),
     [
         (["train", "--config", DEMO, "run.stepz=3"], "stepz"),
+        (["train", "--config", DEMO, "learner.algo=ppo"], "did you mean learner.algorithm?"),
+        (["train", "--config", DEMO, "rollout.temperature=0"], "the rollouts of a group would be the same"),
+        (["evaluate", "--out", "x", "--fly"], "see revseg evaluate --help"),
+        (["verify", "RUN", "--steps", "0"], "--steps: 0 is not a number from 1 on"),
         (["train", "--config", DEMO, "run.steps=many"], "run.steps"),
         (["train", "--config", DEMO, "rewards.preset=best"], "rewards.preset=best"),
         (["train", "--config", DEMO, "rollout.prompts_per_step=5", "rollout.prompts_per_batch=2"], "must divide"),
@@ -272,3 +276,22 @@ def test_yaml_with_unknown_section_names_it(tmp_path):
     OmegaConf.save(OmegaConf.create({"rollouts": {"group_size": 2}}), path)
     with pytest.raises(InputError, match="rollouts"):
         load_config(path)
+
+
+def test_published_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+    """As somebody's who installed the package and has no checkout; a file of the user's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/demo.yaml") == load_config(DEMO)
+    assert parser().parse_args(["demo"]).default_config == "configs/demo.yaml"
+    with pytest.raises(InputError, match="config file configs/nowhere.yaml does not exist"):
+        load_config("configs/nowhere.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/demo.yaml").write_text("run: {dir: mine}")
+    assert load_config("configs/demo.yaml").run.dir == "mine"
+
+
+def test_no_sidecar_there(capsys):
+    assert failing(capsys, "sidecar", "--check", "--port", "1") == (
+        1,
+        "revseg: error: no sidecar serves at 127.0.0.1:1\n",
+    )

@@ -7,7 +7,9 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 
@@ -33,10 +35,30 @@ class WorkerContext(SpawnContext):
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
     """Its processes end when this one is killed, which the standard pool does not see to: left alone they would go on
-    writing beside the next start."""
-    return ProcessPoolExecutor(workers, WorkerContext(), initializer=_end_with_parent)
+    writing beside the next start. They all start here, where no Ctrl-C can come between a process and its pool."""
+    pool = ProcessPoolExecutor(workers, WorkerContext(), initializer=_end_with_parent)
+    with _ctrl_c_waits():
+        for _ in range(workers):
+            pool.submit(int)  # as long as no process is idle, a task starts one
+    return pool
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: os._exit(bool(multiprocessing.connection.wait([parent]))), daemon=True).start()
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """For the block's end. Only the main thread ever hears of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)

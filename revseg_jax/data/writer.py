@@ -87,7 +87,8 @@ def write_dataset(
             if out.exists():  # another process has finished it meanwhile
                 return _reuse(out, settings, strict)
             todo = list(parts())
-            first = {part.split: list((problems or {}).get(part.split, ())) for part in todo}
+            problems = problems if problems is not None else {part.split: () for part in todo}
+            first = {split: list(found) for split, found in problems.items()}
             if strict and any(first.values()):
                 raise InputError(next(found[0].message for found in first.values() if found))
             reports = _write_parts(work, todo, strict, workers, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from revseg_jax.errors import InputError
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's way to write a character in two halves; one may be missing
 Masks = list[dict | None]  # one COCO RLE a frame, None where the object is absent
 
 
@@ -67,9 +69,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: {error.strerror}: is --source the dataset's own folder?") from None
     for encoding in ("utf-8", "cp1252"):
         try:
-            return json.loads(content.decode(encoding))
+            text = content.decode(encoding)
+            tree = json.loads(text)
+            if SURROGATE.search(text):
+                json.dumps(tree, ensure_ascii=False).encode()
+            return tree
         except UnicodeDecodeError:
             continue
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise InputError(f"{path} holds {half!a}, half a character that no file can take: mend its text") from None
         except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
             raise InputError(f"{path} is no JSON: {error}") from None
     raise InputError(f"{path} is neither UTF-8 nor cp1252 text")
