@@ -58,6 +58,7 @@ def main(
     with tracker_client(base) as client:
         settings["tracker"] = client.info().model
         check_settings(folder, settings)
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         for seed in seeds:
             data = folder / "clips" / f"seed_{seed}"  # of its own: tables may be filled at the same time

@@ -77,7 +77,6 @@ def test_another_table_s_folder_is_refused_before_a_sidecar_is_started(tmp_path)
         reproduce.main("chain", [3], str(tmp_path), (8, 4), [CONFIG], ["tracker.checkpoint=/nowhere.pt"])
 
 
-@pytest.mark.slow
 def test_a_small_table_from_end_to_end_and_again(tmp_path, capsys):
     out, name = tmp_path / "out", "chain"
     small = ["run.steps=2", "rollout.prompts_per_step=2", "rollout.group_size=2", "data.test_clips=4"]
