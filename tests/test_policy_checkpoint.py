@@ -517,6 +517,9 @@ def test_tokens_outside_the_vocabulary_are_refused(source):
 
 def test_a_policy_whose_files_are_gone_is_not_saved(broken, tmp_path):
     policy = load_policy(broken)
+    (broken / "config.json").unlink()
+    policy.save(tmp_path / "config")  # is known
+    assert load_policy(tmp_path / "config").policy.config == policy.policy.config
     (broken / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="lacks tokenizer.json, which the saved policy needs"):
         policy.save(tmp_path / "out")

@@ -182,7 +182,16 @@ def test_two_processes_leave_a_bad_batch(overrides, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_share_all_prompts_train_as_one_does(alone, overrides, tmp_path):
-    """The tensor axis lies across both: each has copies of all rows, and every row counts once."""
-    for process in start_two(overrides, tmp_path / "run", STEPS, "mesh.fsdp=1", "mesh.tensor=8"):
-        finish(process)
-    assert_same_training(tmp_path / "run", alone)
+    """The tensor axis lies across both: each has copies of all rows, and every row counts once.
+
+    Gloo gives up now and then, as two collectives that do not depend on each other met in another order in the other
+    process (with the same arrays in both): XLA on CPUs does not wait for the one before it begins the other.
+    """
+    for attempt in range(4):
+        folder = tmp_path / f"run_{attempt}"
+        processes = start_two(overrides, folder, STEPS, "mesh.fsdp=1", "mesh.tensor=8")
+        words = [process.communicate()[1] for process in processes]
+        if not any("gloo::EnforceNotMet" in of_one for of_one in words):
+            break
+    assert [process.returncode for process in processes] == [0, 0], words
+    assert_same_training(folder, alone)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TYPES = ("float32", "bfloat16", "float64")
-REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+REQUIRED = ("config.json", *TOKENIZER)
 # Everything of a published folder that is neither weights nor config.json.
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
@@ -222,7 +223,7 @@ def unfit(folder: AnyPath, source: Path | None) -> str | None:
         check_new(folder)
     except InputError as error:
         return str(error)
-    missing = [name for name in REQUIRED if source is not None and not (source / name).is_file()]
+    missing = [name for name in TOKENIZER if source is not None and not (source / name).is_file()]
     return f"{source} lacks {', '.join(missing)}, which the saved policy needs" if missing else None
 
 
