@@ -456,13 +456,15 @@ def test_evaluate_end_to_end_and_resumed(tmp_path, capsys, clips, monkeypatch):
     assert 0 < done < total and not (out / "results.json").exists()
     with open(out / "synthetic/chains.jsonl", "a") as log:
         log.write('{"video": "cut off')  # as a killed process leaves it
+    partial = next((out / "synthetic/predictions").iterdir()) / ".9.1234.partial"
+    partial.mkdir()
     written, write = [], prediction.write_prediction
     monkeypatch.setattr(
         prediction, "write_prediction", lambda folder, *rest: (written.append(folder), write(folder, *rest))
     )
     main(arguments)
     printed = capsys.readouterr()
-    assert len(written) == total - done
+    assert len(written) == total - done and not partial.exists()
     with zipfile.ZipFile(out / "mevis/submission.zip") as archive:
         assert archive.namelist()[-1] == "d56a6ec78cfa/1/00003.png" and len(archive.namelist()) == 8
     records = [json.loads(line) for line in (out / "synthetic/chains.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.benchmarks import Benchmark
 from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts, tracking_threads
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
-from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
+from revseg_jax.evaluation.predictions import clear_partial, prediction_folder, write_prediction
 from revseg_jax.paths import write_whole
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.tracker.client import Prompt, TrackerClient
@@ -44,6 +44,7 @@ def predict(
     truth = read_prepared(data)["truth"][benchmark.split]
     root = folder / PREDICTIONS
     root.mkdir(parents=True, exist_ok=True)
+    clear_partial(root)
     records = _finished(folder / CHAINS, root)
     ids = source.ids()
     wanted = range(len(ids))

@@ -37,6 +37,12 @@ def write_prediction(folder: Path, frame_names: Sequence[str], masks: np.ndarray
     partial.rename(folder)
 
 
+def clear_partial(root: Path) -> None:
+    """Takes away what killed processes were writing; no other may be at it."""
+    for partial in root.glob("*/.*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _png(mask: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG", compress_level=1)
