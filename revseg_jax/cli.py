@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +29,16 @@ class Parser(argparse.ArgumentParser):
                 options.command.error(f"unrecognized arguments: {' '.join(rest)}")
             options.overrides = [*options.overrides, *rest]
         return options
+
+
+class ShowVersion(argparse.Action):
+    """Looks it up when it is asked for: a checkout that is not installed has none, but commands all the same."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"revseg-jax {version('revseg-jax')}")
+        parser.exit()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,7 +111,7 @@ def at_least_one(text: str) -> int:
 
 def parser() -> Parser:
     root = Parser(prog="revseg", description="Reasoning video object segmentation, trained by reinforcement learning.")
-    root.add_argument("--version", action="version", version=f"revseg-jax {version('revseg-jax')}")
+    root.add_argument("--version", action=ShowVersion, nargs=0, help="show the package's version and exit")
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:

@@ -290,6 +290,12 @@ def test_published_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     assert load_config("configs/demo.yaml").run.dir == "mine"
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("revseg-jax 0.")
+
+
 def test_no_sidecar_there(capsys):
     assert failing(capsys, "sidecar", "--check", "--port", "1") == (
         1,
