@@ -12,6 +12,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -90,14 +92,23 @@ def upload(folder: Path, target: AnyPath, last: str) -> None:
             shutil.copyfileobj(source, copy, 16 << 20)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a local file, in full or not at all: a kill, or a disk that fills up, leaves it as it was."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden local file to write; it becomes `path` when the block ends well and else is gone. A kill, or a disk that
+    fills up, leaves `path` as it was."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        yield partial
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it became `path`, or never was
+            partial.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a local file, in full or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text)
 
 
 def take_lock(path: Path, refusal: str) -> IO[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.evaluation.benchmarks import Benchmark
 from revseg_jax.evaluation.predictions import prediction_folder, predictions_root, read_mask
+from revseg_jax.paths import whole_file
 
 
 def check_submission(benchmark: Benchmark, data: Path, predictions: Path) -> tuple[list[Path], list[str]]:
@@ -46,15 +45,11 @@ def write_submission(benchmark: Benchmark, data: Path, predictions: Path, out: P
         raise InputError(f"no submission can be made: {wrong[0]}{more}")
     source = ClipSource([data], benchmark.split)
     root = predictions_root(predictions, [video for video, _ in source.ids()])
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
+        # Stored: PNGs are compressed already.
+        with whole_file(out) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for path in files:
                 archive.write(path, f"{benchmark.server}{path.relative_to(root).as_posix()}")
-        os.replace(partial, out)
     except OSError as error:
         raise RunFailure(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):  # it became the zip, or never was
-            partial.unlink()
     return len(files)
