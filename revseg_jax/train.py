@@ -14,7 +14,6 @@ import numpy as np
 
 from revseg_jax.config import Config
 from revseg_jax.data.pipeline import Batch, training_steps
-from revseg_jax.data.prepared import MARKER
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
@@ -38,14 +37,13 @@ from revseg_jax.parallel.rows import (
     same_in_share,
 )
 from revseg_jax.parallel.sharding import Placement
-from revseg_jax.paths import path_of
 from revseg_jax.rewards.total import RolloutReward, weights_from
 from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
 from revseg_jax.rollout.traces import trace_record
 from revseg_jax.run.determinism import use_deterministic_kernels
 from revseg_jax.run.digests import digest, parameter_digest
-from revseg_jax.run.folder import RunFolder
+from revseg_jax.run.folder import RunFolder, check_folder
 from revseg_jax.run.follower import RunFollower
 from revseg_jax.run.interruption import Interrupted, Interruption, heed_sigterm
 from revseg_jax.run.progress import Progress
@@ -70,7 +68,11 @@ def main(config: Config) -> None:
     if config.tracker.endpoints and not needs_tracker and leads():
         print("tracker.endpoints will not be asked: rewards.mask and run.evaluate_every are 0", file=sys.stderr)
     with failing_together():
-        if config.run.evaluate_every:  # what is wrong with it shows now, not when the policy is loaded
+        # What is wrong with folder and data shows now, not when the policy is loaded.
+        if leads():
+            check_folder(config)
+        ClipSource(config.data.train, config.data.train_split, config.data.weights)
+        if config.run.evaluate_every:
             ClipSource(config.data.test, config.data.test_split)
         with tracker_client(config) if needs_tracker else nullcontext() as client:
             state = train(config, load_engine(config), client)
@@ -90,8 +92,6 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
-    if (path_of(config.run.dir) / MARKER).exists():
-        raise InputError(f"run.dir={config.run.dir} is a prepared dataset: choose another folder for the run")
     tracker = await_tracker(client, config.tracker.patience) if client else None
     made_of = source.fingerprints, loaded.folder, tracker
     open_run = partial(RunFolder, config, *made_of) if leads() else partial(RunFollower, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,14 @@ def test_strict_stops_at_the_first_problem(tmp_path):
     with pytest.raises(InputError, match="00001.jpg .video bad_frame. is no readable JPEG"):
         prepared_clips("mevis", damaged_mevis, tmp_path, "valid_u", strict=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_strict_leaves_nothing_where_nothing_was_written(tmp_path):
+    root = trees.mevis(tmp_path / "in")
+    shutil.rmtree(next((root / "valid_u/JPEGImages").iterdir()))
+    with pytest.raises(InputError, match="valid_u"):
+        prepare("mevis", root, tmp_path / "out", ["valid_u"], strict=True, workers=1, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_strict_forgives_nothing_that_was_written_without_it(tmp_path, monkeypatch):

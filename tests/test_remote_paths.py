@@ -16,14 +16,14 @@ from object_store import ObjectStore
 
 import revseg_jax
 from revseg_jax.cli import main
-from revseg_jax.config import load_config
+from revseg_jax.config import Config, load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.paths import local_copy, path_of
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.run.digests import parameter_digest
-from revseg_jax.run.folder import RunFolder
+from revseg_jax.run.folder import RunFolder, check_folder
 from revseg_jax.run.mirror import Mirror
 
 pytestmark = pytest.mark.skipif(find_spec("gcsfs") is None, reason="gs:// paths need gcsfs")
@@ -90,9 +90,12 @@ def state_at(step: int) -> dict:
     return {"weights": STATE["weights"] + step, "step": jnp.array(step)}
 
 
+def run_config(*changes: str) -> Config:
+    return load_config(None, ["run.dir=gs://runs/a", "run.keep_checkpoints=2", *changes])
+
+
 def run_folder(*changes: str) -> RunFolder:
-    config = load_config(None, ["run.dir=gs://runs/a", "run.keep_checkpoints=2", *changes])
-    return RunFolder(config, ["data"], Path(revseg_jax.__file__).parent / "assets" / "policy")
+    return RunFolder(run_config(*changes), ["data"], Path(revseg_jax.__file__).parent / "assets" / "policy")
 
 
 def test_a_run_lives_in_the_store_and_goes_on_from_another_machine(store, tmp_path, monkeypatch):
@@ -114,8 +117,10 @@ def test_a_run_lives_in_the_store_and_goes_on_from_another_machine(store, tmp_pa
         np.testing.assert_array_equal(state["weights"], state_at(2)["weights"])
         logged = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         assert logged == [1, 2]
-    with pytest.raises(InputError, match="another config"):
-        run_folder("rollout.group_size=3")
+    for refuses in (run_folder, lambda change: check_folder(run_config(change))):
+        with pytest.raises(InputError, match="another config"):
+            refuses("rollout.group_size=3")
+    check_folder(run_config())
 
 
 def test_a_damaged_checkpoint_in_the_store_is_set_aside(store, capsys):

@@ -106,16 +106,18 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     assert len(manifest["git"]["revision"]) == 40 and manifest["git"]["clean"] in (True, False)
 
 
-def test_a_wrong_place_shows_before_anything_is_loaded(clips, tmp_path):
-    options = [f"data.train=[{clips}]", "tracker.checkpoint=/nowhere.pt", "policy.path=/nowhere"]
-    config = load_config(CONFIG, [*options, "run.evaluate_every=1", "data.test=[/no/clips]", f"run.dir={tmp_path}"])
-    with pytest.raises(InputError, match="/no/clips is not a prepared dataset"):
-        train.main(config)
-
-
-def test_a_dataset_is_no_run_folder(clips, client):
-    with pytest.raises(InputError, match="is a prepared dataset: choose another folder"):
-        run(clips, client, clips, 1)
+def test_a_wrong_place_shows_before_anything_is_loaded(finished, clips, tmp_path):
+    folder, _ = finished
+    nowhere = ["tracker.checkpoint=/nowhere.pt", "policy.path=/nowhere"]
+    for options, message in (
+        ([f"data.train=[{clips}]", "run.evaluate_every=1", "data.test=[/no/clips]"], "/no/clips is not a prepared"),
+        (["data.train=[/no/clips]"], "/no/clips is not a prepared dataset"),
+        ([f"data.train=[{clips}]", f"run.dir={clips}"], "is a prepared dataset: choose another folder"),
+        ([f"data.train=[{clips}]", f"run.dir={folder}"], "holds a run with another config"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train.main(load_config(CONFIG, [f"run.dir={tmp_path}", *nowhere, *options]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluations_keep_to_the_schedule_and_the_best_checkpoint_stays(clips, client, tmp_path, capsys):

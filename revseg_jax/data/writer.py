@@ -90,6 +90,8 @@ def write_dataset(
             problems = problems if problems is not None else {part.split: () for part in todo}
             first = {split: list(found) for split, found in problems.items()}
             if strict and any(first.values()):
+                if not any(work.glob("part-*")):  # nothing that a next time could go on with
+                    shutil.rmtree(work)
                 raise InputError(next(found[0].message for found in first.values() if found))
             reports = _write_parts(work, todo, strict, workers, progress)
             prepared = _summarise(name, settings, todo, reports, first, truth or {})

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from revseg_jax.config import Config, load_config, to_yaml
+from revseg_jax.data.prepared import MARKER
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import take_lock, write_whole
+from revseg_jax.paths import AnyPath, path_of, take_lock, write_whole
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs, with_known_tracker
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
@@ -184,7 +185,19 @@ class RunFolder:
         self._mirror.push()
 
 
-def check_same_settings(folder: Path, config: Config) -> None:
+def check_folder(config: Config) -> None:
+    """Raises InputError for what shows before the policy is loaded: `config.run.dir` is a prepared dataset, or holds a
+    run with checkpoints that has another config."""
+    folder = path_of(config.run.dir)
+    if (folder / MARKER).exists():
+        raise InputError(f"run.dir={config.run.dir} is a prepared dataset: choose another folder for the run")
+    checkpoints = folder / "checkpoints"
+    saved = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
+    if saved and (folder / "config.yaml").exists():
+        check_same_settings(folder, config)
+
+
+def check_same_settings(folder: AnyPath, config: Config) -> None:
     """Raises InputError when the run in `folder` has another config, but for what `MAY_CHANGE` names."""
     old, new = (_settings(c) for c in (load_config(folder / "config.yaml"), config))
     changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
