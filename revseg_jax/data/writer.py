@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,13 @@ def write_dataset(
     work = out.parent / f".{out.name}.{digest}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with take_lock(work / "lock", f"another process is writing {work}: wait for it"):
+        with take_lock(work / "lock", f"another process is writing {work}: wait for it"), _nothing_for_nothing(work):
             if out.exists():  # another process has finished it meanwhile
                 return _reuse(out, settings, strict)
             todo = list(parts())
             problems = problems if problems is not None else {part.split: () for part in todo}
             first = {split: list(found) for split, found in problems.items()}
             if strict and any(first.values()):
-                if not any(work.glob("part-*")):  # nothing that a next time could go on with
-                    shutil.rmtree(work)
                 raise InputError(next(found[0].message for found in first.values() if found))
             reports = _write_parts(work, todo, strict, workers, progress)
             prepared = _summarise(name, settings, todo, reports, first, truth or {})
@@ -101,6 +100,17 @@ def write_dataset(
         if isinstance(error, RunFailure):
             raise
         raise RunFailure(f"cannot write the dataset {out}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _nothing_for_nothing(work: Path) -> Iterator[None]:
+    """When the block refuses its input before a part is done, the work folder goes too."""
+    try:
+        yield
+    except InputError:
+        if not any(work.glob("part-*.json")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _reuse(out: Path, settings: dict[str, Any], strict: bool) -> dict[str, Any]:
