@@ -1,4 +1,4 @@
-"""Small trees of the published layouts, prepared, and what their clips should hold."""
+"""Small trees of the published layouts, prepared; what their clips should hold, and how masks score."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataset_trees import HEIGHT, WIDTH
 from revseg_jax.data.clip import decode_mask
 from revseg_jax.data.prepare import prepare
 from revseg_jax.data.source import ClipSource
+from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 
 
 def prepared_clips(dataset: str, tree, tmp_path: Path, split: str, **options):
@@ -17,6 +18,11 @@ def prepared_clips(dataset: str, tree, tmp_path: Path, split: str, **options):
     content = prepare(dataset, tree(tmp_path / "in"), out, [split], workers=1, progress=False, **options)
     source = ClipSource([out], split)
     return content, [source[i] for i in range(len(source))], source
+
+
+def jf(masks: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """In percent, averaged over the frames."""
+    return 100 * region_similarity(masks, truth).mean(), 100 * contour_accuracy(masks, truth).mean()
 
 
 def union(*objects) -> list[np.ndarray]:
