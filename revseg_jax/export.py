@@ -14,6 +14,7 @@ from revseg_jax.paths import AnyPath, absolute, path_of
 from revseg_jax.policy.checkpoint import check_new, load_policy, save_policy
 from revseg_jax.rollout.loading import split_policy
 from revseg_jax.run.checkpoints import best_steps, first_sound
+from revseg_jax.run.checksums import checksums, differences
 from revseg_jax.run.folder import evaluation_scores
 
 
@@ -32,8 +33,12 @@ def main(run: str, out: str, best: bool = False) -> None:
         loaded = load_policy(config.policy.path, config.policy.dtype, config.policy.param_dtype)
         graphdef, trained, frozen = split_policy(loaded.policy, config.learner.freeze_vision)
         advice = "without --best others are tried" if best else "train again into a new run.dir"
-        step, trained, _ = first_sound(
-            folder / "checkpoints", steps, lambda step: restore_trained(checkpoints, step, trained), advice
+        step, (trained, _), _ = first_sound(
+            folder / "checkpoints",
+            steps,
+            lambda step: restore_trained(checkpoints, step, trained),
+            lambda restored: differences(checksums({"trained": restored[0]}), restored[1]),
+            advice,
         )
     save_policy(nnx.merge(graphdef, trained, frozen), out, loaded.folder, config.chain)
     print(f"step {step} of {folder} written to {out}")
@@ -49,10 +54,11 @@ def wanted_steps(folder: AnyPath, there: list[int], best: bool) -> list[int]:
     return steps
 
 
-def restore_trained(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
-    """The trained parameters alone: the optimiser's state stays on disk."""
+def restore_trained(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, int]]:
+    """The trained parameters, and all checksums: the optimiser's state stays on disk."""
     abstract = {"trained": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)}
     # Without these Orbax takes the placement from the file, which may name devices of another machine, and warns.
     placed = ocp.checkpoint_utils.construct_restore_args(abstract)
     restore = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
-    return checkpoints.restore(step, args=ocp.args.Composite(state=restore)).state["trained"]
+    found = checkpoints.restore(step, args=ocp.args.Composite(state=restore, checksums=ocp.args.JsonRestore()))
+    return found.state["trained"], found.checksums

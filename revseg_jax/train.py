@@ -156,6 +156,7 @@ def run_steps(
     if gather(run.resumes)[0]:  # the first process has checked the folder
         state, iterator = run.restore(state)
         data.set_state(iterator)
+    run.checkpoints.prepare(state)
     run.scores.update(gather(run.scores)[0])  # by which all processes keep the same checkpoints
     place = partial(place_rows, loaded.placement)
 

@@ -14,6 +14,7 @@ from child_processes import ROOT, run_two
 
 from revseg_jax.errors import RunFailure
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
+from revseg_jax.run.checksums import checksums
 
 NOISE = np.random.default_rng(0).normal(size=300_000)  # does not compress
 STATE = {"kernel": jnp.asarray(NOISE, jnp.float32), "step": jnp.int32(0)}  # 1.2 MB
@@ -112,6 +113,28 @@ def two(tmp_path):
     return folder
 
 
+def test_numbers_that_are_not_those_that_were_saved_are_damage(two, capsys):
+    """The file of the arrays is sound, but of other arrays."""
+    other = Checkpoints(two.parent / "other", NewestAndBest(2, 0, {}))
+    kernel = STATE["kernel"].at[1000:1010].set(0)
+    other.save(2, {"kernel": kernel, "step": jnp.int32(2)}, {"at": 2})
+    other.close()
+    shutil.rmtree(two / "2/state")
+    shutil.move(two.parent / "other/2/state", two / "2/state")
+    step, state, data = Checkpoints(two, NewestAndBest(2, 0, {})).restore(STATE)
+    assert (step, data) == (1, {"at": 1}) and (two.parent / "damaged/2").is_dir()
+    np.testing.assert_array_equal(state["kernel"], STATE["kernel"])
+    assert f"checkpoint {two}/2 is damaged: kernel is not what was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8"])
+def test_checksums_are_those_of_the_bits(dtype):
+    array = np.random.default_rng(1).normal(size=(13, 7)) * 100
+    array = np.asarray(jnp.asarray(array).astype(dtype))
+    words = array.view(f"uint{8 * array.itemsize}")
+    assert checksums({"a": {"b": array}}) == {"a.b": sum(int(word) for word in words.ravel()) % 2**32}
+
+
 @pytest.mark.parametrize("of", ["arrays", "iterator"])
 def test_a_checkpoint_that_the_system_does_not_let_read_is_not_damaged(two, of, tmp_path, monkeypatch):
     files = [path for path in (two / "2/state").rglob("*") if path.is_file()]
@@ -150,7 +173,9 @@ checkpoints.restore(state)
 
 def test_a_machine_short_of_memory_finds_no_checkpoint_damaged(tmp_path):
     command = [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path / "checkpoints")]
-    words = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    # malloc must give back what saving needed.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    words = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stderr
     failure = f"RunFailure: cannot read checkpoint {tmp_path}/checkpoints/2: Unable to allocate 256. MiB"
     assert failure in words and "its files may be sound" in words.splitlines()[-1]
     assert steps_of(tmp_path / "checkpoints") == ["1", "2"] and not (tmp_path / "damaged").exists()

@@ -21,6 +21,7 @@ from etils import epath
 from revseg_jax.errors import RunFailure
 from revseg_jax.parallel.processes import agree, gather, leads
 from revseg_jax.paths import AnyPath, absolute, is_remote
+from revseg_jax.run.checksums import checksums, differences
 from revseg_jax.run.event_loops import waiting_event_loops
 
 
@@ -61,10 +62,16 @@ OTHER_CAUSES = tuple(
 
 
 def first_sound(
-    folder: AnyPath, steps: Sequence[int], restore: Callable[[int], Any], advice: str
+    folder: AnyPath,
+    steps: Sequence[int],
+    restore: Callable[[int], Any],
+    differences: Callable[[Any], str | None],
+    advice: str,
 ) -> tuple[int, Any, list[int]]:
     """(step, what `restore` returns for it, damaged steps) of the first of `steps` whose checkpoint can be read, by all
     processes. All of them must call it with the same steps.
+
+    differences: says of what `restore` returned how it is not what was saved, in all processes alike; None when it is.
 
     Damaged ones before it are named on stderr. Raises RunFailure when none can be read, which ends with `advice`, and
     at the first that cannot be read for another cause: memory, a permission, storage that is away.
@@ -85,6 +92,8 @@ def first_sound(
                     "that is mended, or move the checkpoint away to use the one before"
                 ) from error
         reason = agree(reason)  # each process reads its own parts of the arrays
+        if reason is None:
+            reason = differences(restored)
         if reason is None:
             return step, restored, damaged
         if leads():
@@ -126,13 +135,21 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def prepare(self, state: Any) -> None:
+        """Compiles what `save` needs. All processes must call it."""
+        checksums(state)
+
     def save(self, step: int, state: Any, iterator: dict[str, Any]) -> None:
-        """Writes the train state's arrays and Grain's iterator state while the run goes on.
+        """Writes the train state's arrays, their checksums and Grain's iterator state while the run goes on.
 
         Raises RunFailure when this or the previous checkpoint could not be written; older ones stay as they are.
         """
         self._before_save()
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(iterator))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(iterator),
+            checksums=ocp.args.JsonSave(checksums(state)),
+        )
         try:
             self._manager.wait_until_finished()
             self._check_room(state)
@@ -165,13 +182,16 @@ class Checkpoints:
         `damaged/`. Raises RunFailure when none can be read, or one for another cause; all stay where they are then.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore()
+        )
         steps = gather(sorted(self._manager.all_steps(), reverse=True))[0]
         with self._reader() as reader:
             step, restored, damaged = first_sound(
                 self.folder,
                 steps,
                 lambda step: reader.restore(step, args=items),
+                lambda restored: differences(checksums(restored.state), restored.checksums),
                 advice="repair the storage, or delete the run folder to start anew",
             )
         if damaged:
