@@ -118,9 +118,9 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardsConfig:
     preset: str = "paper_curves"  # paper_text | paper_curves | custom
-    format: float = 0.0  # the weights below are read when preset is "custom"
-    temporal: float = 0.0
-    spatial: float = 0.0
+    format: float | None = None  # these three weights are of the preset "custom"; null there is 0
+    temporal: float | None = None
+    spatial: float | None = None
     mask: float = 0.0  # 0 in the paper; needs the sidecar when above 0. Added to any preset.
     temporal_kind: str = "soft"  # none | binary | soft
     spatial_kind: str = "threshold"  # threshold (IoU > 0.5) | iou
@@ -318,11 +318,10 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     "run.seed", "run.steps", "run.keep_best", "run.evaluate_every", "run.traces_every", "data.test_clips",
     "data.workers", "tracker.threads", "tracker.patience", "rollout.prompts_per_batch", "rollout.temperature",
-    "rollout.top_k", "rollout.resample_limit", "rewards.format", "rewards.temporal", "rewards.spatial", "rewards.mask",
-    "rewards.mask_frames", "rewards.overlong_tokens", "rewards.overlong_penalty", "learner.warmup_steps",
-    "learner.weight_decay", "learner.clip_low", "learner.clip_high", "learner.importance_cap",
-    "learner.kl_coefficient", "learner.entropy_coefficient", "learner.prompts_per_microbatch",
-    "learner.ppo.value_coefficient", "learner.ppo.value_clip",
+    "rollout.top_k", "rollout.resample_limit", "rewards.mask", "rewards.mask_frames", "rewards.overlong_tokens",
+    "rewards.overlong_penalty", "learner.warmup_steps", "learner.weight_decay", "learner.clip_low",
+    "learner.clip_high", "learner.importance_cap", "learner.kl_coefficient", "learner.entropy_coefficient",
+    "learner.prompts_per_microbatch", "learner.ppo.value_coefficient", "learner.ppo.value_clip",
 )  # fmt: skip
 
 
@@ -375,11 +374,27 @@ def check(config: Config) -> None:
         raise InputError(
             f"learner.prompts_per_microbatch={micro} must divide rollout.prompts_per_step / learner.minibatches={mini}"
         )
+    check_rewards(config.rewards)
     check_learner(config)
     if config.run.evaluate_every and not config.data.test:
         raise InputError(f"run.evaluate_every={config.run.evaluate_every} needs clips in data.test")
     if config.chain.frames % 2:
         raise InputError(f"chain.frames={config.chain.frames} must be even: the policy fuses frames in pairs")
+
+
+def check_rewards(rewards: RewardsConfig) -> None:
+    """The part of `check` that is about the weights of the rewards."""
+    weights = {name: getattr(rewards, name) for name in ("format", "temporal", "spatial")}
+    for name, weight in weights.items():
+        if weight is not None and rewards.preset != "custom":
+            raise InputError(
+                f"rewards.{name}={weight:g} is read with rewards.preset=custom only, and {rewards.preset} has its own: "
+                f"choose custom, or rewards.{name}=null"
+            )
+        if weight is not None and not weight >= 0:
+            raise InputError(f"rewards.{name}={weight:g} must not be negative")
+    if rewards.preset == "custom" and not any(weights.values()) and not rewards.mask:
+        raise InputError("rewards.preset=custom without any weight: give rewards.format, temporal, spatial or mask")
 
 
 def check_learner(config: Config) -> None:
@@ -403,6 +418,18 @@ def check_learner(config: Config) -> None:
         for key, value in (("advantage", learner.advantage), ("credit", learner.credit)):
             if value != getattr(LearnerConfig, key):
                 raise InputError(f"learner.{key}={value} is a choice of grpo: ppo estimates advantages with its critic")
+
+
+def check_training(config: Config) -> None:
+    """What works in evaluation and not in training. Raises InputError."""
+    if not config.rollout.temperature or config.rollout.top_k == 1:
+        key = "rollout.top_k=1" if config.rollout.temperature else "rollout.temperature=0"
+        raise InputError(f"{key}: the rollouts of a group would be the same, and training learn nothing from them")
+    if config.policy.param_dtype != "float32":
+        raise InputError(
+            f"policy.param_dtype={config.policy.param_dtype}: steps as small as learner.learning_rate vanish in its "
+            "rounding; training keeps parameters in float32 (policy.dtype=bfloat16 computes in bfloat16)"
+        )
 
 
 def to_yaml(config: object) -> str:

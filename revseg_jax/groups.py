@@ -25,20 +25,27 @@ from revseg_jax.tracker.client import TrackerClient
 from revseg_jax.tracker.connection import SidecarAway
 
 
+class Decoded(NamedTuple):
+    """What went through the two decoding loops together, of one process: how many rollouts, the tokens of the longest
+    first and second answer among them, and all their tokens."""
+
+    rollouts: int
+    longest: tuple[int, int]
+    tokens: int
+
+
 class Groups(NamedTuple):
     """Attributes:
     batch: the B examples
     rollouts: [B, G], on the host
     pending: their rewards, in parts that together cover the batch
-    decode_steps: steps of the decoding loops times rollouts in them
-    tokens: those of these steps that gave a token
+    decoded: what was sampled together, batch by batch, with what has been replaced since
     """
 
     batch: Batch
     rollouts: RolloutBatch
     pending: list[PendingRewards]
-    decode_steps: int
-    tokens: int
+    decoded: list[Decoded]
 
     @property
     def chains(self) -> list[Sequence[Rollout]]:
@@ -59,7 +66,7 @@ def sample_groups(
     prompts_per_step = config.rollout.prompts_per_step
     # Of several processes each has its share of every part.
     size = len(batch) * (config.rollout.prompts_per_batch or prompts_per_step) // prompts_per_step
-    prompts, order, parts, pending, steps, tokens = prompts_of(batch), by_length(batch), [], [], 0, 0
+    prompts, order, parts, pending, decoded = prompts_of(batch), by_length(batch), [], [], []
     for begin in range(0, len(batch), size):
         rows = order[begin : begin + size]
         arrays, chains = engine.sample(params, [prompts[row] for row in rows], keys[rows])
@@ -68,9 +75,11 @@ def sample_groups(
             request_rewards(client, config.rewards, batch, int(row), [group])
             for row, group in zip(rows, chains, strict=True)
         ]
-        steps, tokens = steps + decode_steps(chains), tokens + sum(chain.tokens for row in chains for chain in row)
+        flat = [chain for row in chains for chain in row]
+        longest = max(chain.tokens1 for chain in flat), max(chain.tokens2 for chain in flat)
+        decoded.append(Decoded(len(flat), longest, sum(chain.tokens for chain in flat)))
     rollouts = RolloutBatch(*(array[np.argsort(order)] for array in concatenate(parts)))
-    return Groups(batch, rollouts, sorted(pending, key=lambda waiting: waiting.first), steps, tokens)
+    return Groups(batch, rollouts, sorted(pending, key=lambda waiting: waiting.first), decoded)
 
 
 def by_length(batch: Batch) -> np.ndarray:
@@ -82,22 +91,13 @@ def by_length(batch: Batch) -> np.ndarray:
     return np.lexsort(([len(query) for query in batch.query], batch.frame_count))
 
 
-def decode_steps(chains: Sequence[Sequence[Rollout]]) -> int:
-    """Steps of the two decoding loops times the rollouts that were in them, ended ones included.
-
-    A loop runs until the longest answer has ended, and one step more to put its last token into the cache.
-    """
-    flat = [chain for row in chains for chain in row]
-    longest = max(chain.tokens1 for chain in flat), max(chain.tokens2 for chain in flat)
-    return sum(steps + 1 for steps in longest if steps) * len(flat)
-
-
 def replace_groups_without_spread(
     config: Config,
     placement: Placement,
     first: Groups,
     batches: Iterator[Batch],
     sample: Callable[[Batch], Groups],
+    lap: Callable[[str], None],
 ) -> tuple[Groups, int]:
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage in
     GRPO (with credit=turn: whose rewards to go are, in both turns); the first groups of further batches that have one
@@ -105,14 +105,19 @@ def replace_groups_without_spread(
 
     At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Of several processes
     each replaces groups of its own share, and all draw until none lacks any: they sample, and read their data,
-    together. Returns the groups and how many were replaced. Raises SidecarAway, in all processes, when one lost its
-    sidecar.
+    together. lap: is told what the time since the last call went to. Returns the groups and how many were replaced.
+    Raises SidecarAway, in all processes, when one lost its sidecar.
     """
     drawn, wanted = [first], len(first.batch)
-    useful = _with_spread(first, config, placement)
+    useful = [(0, row) for row in _with_spread(first, config, placement)]
+    lap("reward_wait")
     while len(drawn) <= config.rollout.resample_limit and agree(len(useful) < wanted):
-        drawn.append(sample(next(batches)))
-        useful += [(len(drawn) - 1, row) for _, row in _with_spread(drawn[-1], config, placement)]
+        batch = next(batches)
+        lap("data")
+        drawn.append(sample(batch))
+        lap("rollout")
+        useful += [(len(drawn) - 1, row) for row in _with_spread(drawn[-1], config, placement)]
+        lap("reward_wait")
     chosen = useful[:wanted]
     chosen = sorted(chosen + [(0, row) for row in range(wanted) if (0, row) not in chosen][: wanted - len(chosen)])
     if all(number == 0 for number, _ in chosen):
@@ -122,13 +127,13 @@ def replace_groups_without_spread(
         batch=stack([_example(drawn[number].batch, row) for number, row in chosen]),
         rollouts=RolloutBatch(*(np.stack([column[number][row] for number, row in chosen]) for column in columns)),
         pending=[_pending(drawn[number], row, place) for place, (number, row) in enumerate(chosen)],
-        decode_steps=sum(groups.decode_steps for groups in drawn),
-        tokens=sum(groups.tokens for groups in drawn),
+        decoded=[part for groups in drawn for part in groups.decoded],
     )
     return groups, sum(number > 0 for number, _ in chosen)
 
 
-def _with_spread(groups: Groups, config: Config, placement: Placement) -> list[tuple[int, int]]:
+def _with_spread(groups: Groups, config: Config, placement: Placement) -> list[int]:
+    """The rows that teach something."""
     away, rewards = None, []
     try:
         rewards = groups.rewards(config)
@@ -137,12 +142,13 @@ def _with_spread(groups: Groups, config: Config, placement: Placement) -> list[t
     if away := agree(away):
         raise SidecarAway(away)
     spread = have_spread(same_in_share(placement, rewards), config.learner.credit)
-    return [(0, int(row)) for row in np.flatnonzero(spread)]
+    return np.flatnonzero(spread).tolist()
 
 
 def have_spread(rewards: Sequence[Sequence[RolloutReward]], credit: str) -> np.ndarray:
-    """bool [B], which groups teach GRPO something, as `learner.credit` compares their rollouts."""
-    earned = np.array([[(reward.turn1, reward.turn2) for reward in row] for row in rewards])
+    """bool [B], which groups teach GRPO something, as `learner.credit` compares their rollouts. The task's rewards are
+    compared, as DAPO compares which answers are right: a group whose answers differ in length alone has no spread."""
+    earned = np.array([[(reward.task1, reward.task2) for reward in row] for row in rewards])
     second = np.array([[reward.turns == 2 for reward in row] for row in rewards])
     return groups_with_spread(earned, second, credit)
 

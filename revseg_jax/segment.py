@@ -173,7 +173,8 @@ def _answer(loaded: LoadedEngine, source: Video, query: str, shown: np.ndarray) 
         size=(source.height, source.width),
     )
     keys = rollout_keys(seed=0, step=0, prompts=np.array([0]), group_size=1)
-    return loaded.greedy.sample((loaded.trained, loaded.frozen), [prompt], keys)[1][0][0]
+    weights = loaded.engine.weights((loaded.trained, loaded.frozen))
+    return loaded.greedy.sample(weights, [prompt], keys)[1][0][0]
 
 
 def _write_masks(folder: Path, source: Video, client: TrackerClient, prompt: TrackerPrompt | None) -> np.ndarray:

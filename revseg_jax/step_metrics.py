@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from revseg_jax.evaluation.chains import failure_cause
-from revseg_jax.groups import Groups, have_spread
+from revseg_jax.groups import Decoded, Groups, have_spread
 from revseg_jax.learner.flops import peak_flops
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 class Clock:
-    """Splits a step's wall time into named phases."""
+    """Splits a step's wall time into named phases; one may come several times."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -30,7 +30,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.seconds[f"seconds/{name}"] = now - self._last
+        self.seconds[f"seconds/{name}"] = self.seconds.get(f"seconds/{name}", 0.0) + now - self._last
         self._last = now
 
 
@@ -63,21 +63,33 @@ def reward_metrics(rewards: Sequence[Sequence[RolloutReward]], credit: str) -> d
 
 
 def rollout_metrics(groups: Groups) -> dict[str, float]:
-    """Lengths in tokens and shares, over all rollouts; `truncated_count` is a number of rollouts."""
+    """Lengths in tokens and shares, over all rollouts; `truncated_count` is a number of rollouts, `tokens_turn2` 0 for
+    those without a second turn."""
     chains = [chain for row in groups.chains for chain in row]
-    second = [chain.tokens2 for chain in chains if chain.tokens2]
     rollouts = groups.rollouts
     real, slots = rollouts.prefix_mask.sum() + rollouts.mask.sum(), rollouts.prefix_mask.size + rollouts.mask.size
     return {
         "rollout/tokens": float(np.mean([chain.tokens for chain in chains])),
         "rollout/tokens_longest": max(chain.tokens for chain in chains),
         "rollout/tokens_turn1": float(np.mean([chain.tokens1 for chain in chains])),
-        "rollout/tokens_turn2": float(np.mean(second)) if second else 0.0,
+        "rollout/tokens_turn2": float(np.mean([chain.tokens2 for chain in chains])),
         "rollout/truncated": float(np.mean([chain.truncated for chain in chains])),
         "rollout/truncated_count": sum(chain.truncated for chain in chains),
-        "rollout/wasted_decode_steps": 1 - groups.tokens / groups.decode_steps,
         "rollout/padding": 1 - float(real / slots),
     } | failure_metrics(chains)
+
+
+def decode_steps(shares: Sequence[Sequence[Decoded]]) -> int:
+    """Steps of the decoding loops times the rollouts that were in them, ended ones included.
+
+    A loop runs, in all processes together, until the longest answer of all has ended, and one step more to put its last
+    token into the cache. shares: of each process's share of the prompts, what it decoded.
+    """
+    steps = 0
+    for together in zip(*shares, strict=True):
+        longest = map(max, zip(*(part.longest for part in together), strict=True))
+        steps += sum(part.rollouts for part in together) * sum(tokens + 1 for tokens in longest if tokens)
+    return steps
 
 
 def failure_metrics(chains: Sequence[Rollout]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from revseg_jax.config import Config
+from revseg_jax.config import Config, check_training
 from revseg_jax.data.pipeline import Batch, training_steps
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError, RunFailure
@@ -48,7 +48,14 @@ from revseg_jax.run.follower import RunFollower
 from revseg_jax.run.interruption import Interrupted, Interruption, heed_sigterm
 from revseg_jax.run.progress import Progress
 from revseg_jax.scheduled_evaluation import evaluate_when_due, evaluation_due
-from revseg_jax.step_metrics import Clock, Compilations, reward_metrics, rollout_metrics, speed_metrics
+from revseg_jax.step_metrics import (
+    Clock,
+    Compilations,
+    decode_steps,
+    reward_metrics,
+    rollout_metrics,
+    speed_metrics,
+)
 from revseg_jax.tracker.client import TrackerClient, description
 from revseg_jax.tracker.connection import SidecarAway
 from revseg_jax.tracker.process import open_tracker
@@ -60,8 +67,7 @@ def tracker_client(config: Config) -> AbstractContextManager[TrackerClient]:
 
 
 def main(config: Config) -> None:
-    if config.learner.algorithm == "grpo" and not config.rollout.temperature:
-        raise InputError("rollout.temperature=0: the rollouts of a group would be the same, and grpo learn nothing")
+    check_training(config)
     if config.run.deterministic:
         use_deterministic_kernels()
     needs_tracker = weights_from(config.rewards).mask > 0 or config.run.evaluate_every > 0
@@ -91,6 +97,10 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     On SIGTERM the current phase is finished, the rest of its step given up, and the last whole step saved.
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
+    check_training(config)
+    if config.learner.kl == "loss" and config.learner.kl_estimator == "k1" and leads():
+        advice = "its gradient is 0 on average; use k2 or k3, or learner.kl=reward"
+        print(f"revseg: warning: learner.kl_estimator=k1 in the loss regularises nothing: {advice}", file=sys.stderr)
     source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
     tracker = await_tracker(client, config.tracker.patience) if client else None
     made_of = source.fingerprints, loaded.folder, tracker
@@ -185,9 +195,12 @@ def run_steps(
         weights = loaded.engine.weights((state.trained, loaded.frozen))
         sample = partial(sample_groups, config, loaded.engine, weights, client, step)
         groups, replaced = sample(batch), 0
+        clock.lap("rollout")
         if config.rollout.resample_limit:
             try:
-                groups, replaced = replace_groups_without_spread(config, loaded.placement, groups, data, sample)
+                groups, replaced = replace_groups_without_spread(
+                    config, loaded.placement, groups, data, sample, clock.lap
+                )
             except SidecarAway as error:
                 failure = str(error)
                 break
@@ -224,10 +237,12 @@ def run_steps(
         metrics |= mean_over_shares(
             loaded.placement, reward_metrics(rewards, config.learner.credit) | rollout_metrics(groups)
         )
-        counts = replaced, groups.tokens, update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts)
-        replaced, tokens, flops = map(sum, zip(*gather_shares(loaded.placement, counts), strict=True))
+        flops = update_flops(loaded.engine.encoder.model, config.learner, groups.rollouts)
+        *counts, decoded = zip(*gather_shares(loaded.placement, (replaced, flops, groups.decoded)), strict=True)
+        metrics["rollout/groups_replaced"], flops = map(sum, counts)
+        tokens = sum(part.tokens for share in decoded for part in share)
+        metrics["rollout/wasted_decode_steps"] = 1 - tokens / decode_steps(decoded)
         metrics |= speed_metrics(clock.seconds, tokens, flops, compilations.since_last())
-        metrics["rollout/groups_replaced"] = replaced
         for gap in ("logprob_gap", "logprob_gap_mean"):
             metrics[f"rollout/{gap}"] = metrics.pop(f"learner/{gap}")
         done, position = step + 1, data.get_state()

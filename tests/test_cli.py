@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from revseg_jax import config as configuration
 from revseg_jax.cli import load, main, parser, spare_absent_chips
 from revseg_jax.config import load_config
+from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
 from revseg_jax.evaluate import spoken_chain
 from revseg_jax.policy.checkpoint import load_policy, policy_digest, resolve_folder
@@ -35,6 +36,8 @@ def failing(capsys, *arguments: str) -> tuple[int, str]:
         (["train", "--config", DEMO, "run.stepz=3"], "stepz"),
         (["train", "--config", DEMO, "learner.algo=ppo"], "did you mean learner.algorithm?"),
         (["train", "--config", DEMO, "rollout.temperature=0"], "the rollouts of a group would be the same"),
+        (["train", "--config", DEMO, "rollout.top_k=1"], "the rollouts of a group would be the same"),
+        (["train", "--config", DEMO, "policy.param_dtype=bfloat16"], "training keeps parameters in float32"),
         (["evaluate", "--out", "x", "--fly"], "see revseg evaluate --help"),
         (["verify", "RUN", "--steps", "0"], "--steps: 0 is not a number from 1 on"),
         (["train", "--config", DEMO, "run.steps=many"], "run.steps"),
@@ -114,7 +117,9 @@ def test_a_full_device_is_said_in_one_line(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr("revseg_jax.train.load_engine", too_much)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    words = ["train", "--config", DEMO, f"run.dir={tmp_path / 'run'}", "data.train=[/nowhere]", "rewards.mask=0"]
+    prepare_synthetic(tmp_path / "clips", "easy", 1, 1, seed=0, progress=False)
+    data = f"data.train=[{tmp_path / 'clips'}]"
+    words = ["train", "--config", DEMO, f"run.dir={tmp_path / 'run'}", data, "rewards.mask=0"]
     code, err = failing(capsys, *words)
     assert code == 1 and len(err.splitlines()) == 1
     assert err.startswith("revseg: error: a device's memory is full (at revseg_jax/train.py:")
@@ -207,6 +212,9 @@ def test_the_demo_speaks_as_the_embedded_policy_was_taught():
         ["rollout.group_size=0"],
         ["rollout.group_size=1"],
         ["rewards.overlong_tokens=31"],
+        ["rewards.format=0.25", "rewards.preset=paper_text"],
+        ["rewards.temporal=-1"],
+        ["rewards.preset=custom", "rewards.format=0", "rewards.temporal=0", "rewards.spatial=null", "rewards.mask=0"],
         ["learner.algorithm=magic"],
         ["learner.advantage=best"],
         ["learner.credit=token"],

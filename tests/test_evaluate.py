@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import dataset_trees as trees
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from child_processes import wait_for
@@ -20,6 +22,7 @@ from prepared_datasets import jf
 from revseg_jax import evaluate
 from revseg_jax.chain.parsing import parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.cli import main
+from revseg_jax.config import load_config
 from revseg_jax.data.clip import decode_mask
 from revseg_jax.data.prepare import prepare
 from revseg_jax.data.source import ClipSource
@@ -27,8 +30,10 @@ from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation import predict as prediction
 from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
-from revseg_jax.evaluation.chains import failure_cause
+from revseg_jax.evaluation.chains import answers, failure_cause
 from revseg_jax.rollout.chains import Rollout
+from revseg_jax.rollout.engine import RolloutEngine
+from revseg_jax.rollout.loading import load_engine
 
 GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</answer>'
 
@@ -60,6 +65,21 @@ def test_failures_of_chains_of_one_turn():
     answer = '<think>a</think><answer>[{"frame_idx": 1, "bbox_2d": [5, 5, 3, 9]}]</answer>'
     rollout = Rollout(answer, None, *parse_one_turn(answer, 8), None, False, 1)
     assert failure_cause(rollout) == "turn 1: not x1 < x2 and y1 < y2 in finite numbers"
+
+
+def test_evaluation_samples_with_weights_made_for_it(clips, monkeypatch):
+    """In the activations' type and gathered, as training does: not gathered, or cast, token by token."""
+    loaded = load_engine(load_config(None, ["run.dir=.", "policy.dtype=bfloat16"]))
+    types = set()
+
+    def sample(engine, params, prompts, keys):
+        types.update(leaf.dtype for leaf in jax.tree.leaves(params))
+        return None, [[None]] * len(prompts)
+
+    monkeypatch.setattr(RolloutEngine, "sample", sample)
+    source, chain = ClipSource([clips], "test"), loaded.engine.encoder.chain
+    list(answers(loaded.greedy, (loaded.trained, loaded.frozen), source, [0], chain))
+    assert types == {jnp.dtype("bfloat16")}
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +189,6 @@ def test_no_data_is_said_so():
 
 
 def test_frames_at_test_time_are_the_users_choice():
-    from revseg_jax.config import load_config
-
     overrides = ["run.dir=.", "chain.frames=12"]
     config = evaluate.spoken_chain(load_config(None, overrides), [], overrides)
     assert config.chain.frames == 12 and config.chain.frame_size == 112  # the embedded policy's own size

@@ -11,19 +11,20 @@ from revseg_jax.chain.parsing import Turn1, Turn2
 from revseg_jax.config import Config, LearnerConfig, MeshConfig, RewardsConfig, RolloutConfig
 from revseg_jax.data.example import Batch, Example, stack
 from revseg_jax.groups import (
+    Decoded,
     Groups,
     _with_spread,
-    decode_steps,
+    have_spread,
     replace_groups_without_spread,
     sample_groups,
 )
 from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.rewards.scoring import PendingRewards
-from revseg_jax.rewards.total import RolloutReward
+from revseg_jax.rewards.total import RolloutReward, score_rollout
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.sampling import rollout_keys
-from revseg_jax.step_metrics import reward_metrics, rollout_metrics
+from revseg_jax.step_metrics import Clock, decode_steps, reward_metrics, rollout_metrics
 
 CONFIG = Config(
     rewards=RewardsConfig(preset="custom", temporal=1.0), rollout=RolloutConfig(prompts_per_step=3, group_size=2)
@@ -62,17 +63,17 @@ def groups(first: int, keyframes: list[tuple[int, int]]) -> Groups:
     chains = [[chain(k) for k in pair] for pair in keyframes]
     pending = [PendingRewards(at, chains[at : at + 2], [None] * len(chains[at : at + 2])) for at in (0, 2)]
     rollouts = RolloutBatch(*(np.repeat(batch.index[:, None], 2, 1) for _ in RolloutBatch._fields))
-    return Groups(batch, rollouts, pending, decode_steps=30, tokens=24)
+    return Groups(batch, rollouts, pending, [Decoded(6, (9, 0), 24)])
 
 
-def replaced(first: Groups, *more: Groups, limit: int = 5) -> tuple[Groups, int, int]:
+def replaced(first: Groups, *more: Groups, limit: int = 5, lap=lambda name: None) -> tuple[Groups, int, int]:
     """The result, and how many batches were taken."""
     config = replace(CONFIG, rollout=replace(CONFIG.rollout, resample_limit=limit))
     prepared = {int(g.batch.index[0]): g for g in more}
     batches = iter([g.batch for g in more])
     placement = make_placement(MeshConfig())
     result = replace_groups_without_spread(
-        config, placement, first, batches, lambda batch: prepared[int(batch.index[0])]
+        config, placement, first, batches, lambda batch: prepared[int(batch.index[0])], lap
     )
     return *result, len(more) - len(list(batches))
 
@@ -94,7 +95,31 @@ def test_groups_without_spread_are_replaced_by_later_ones():
     assert indices(result) == [0, 4, 6] and count == 2 and taken == 2
     totals = np.array([[reward.total for reward in row] for row in result.rewards(CONFIG)])
     assert (totals.std(axis=1) > 0).all()
-    assert (result.decode_steps, result.tokens) == (90, 72)
+    assert result.decoded == first.decoded * 3
+
+
+def test_what_replacing_waits_for_is_booked_as_such():
+    laps = []
+    replaced(groups(0, [(0, 1), (1, 1)]), groups(2, [(0, 1)] * 2), lap=laps.append)
+    assert laps == ["reward_wait", "data", "rollout", "reward_wait"]
+    clock = Clock()
+    for name in ("data", "rollout", "data"):
+        before = clock.seconds.get(f"seconds/{name}", 0)
+        clock.lap(name)
+        assert clock.seconds[f"seconds/{name}"] > before
+
+
+def test_answers_that_differ_in_length_alone_teach_nothing():
+    answer = Turn1(True, 0, "a thing", 1.0, "")
+
+    def earned(areas: list[float], **options) -> RolloutReward:
+        return score_rollout(CONFIG.rewards, answer, None, None, np.array(areas), np.ones((2, 4)), **options)
+
+    alike, longer, other = earned([1, 1]), earned([1, 1], overlong=(-0.1, 0.0)), earned([1, 2])
+    assert longer.total == pytest.approx(alike.total - 0.1) == longer.turn1 + longer.turn2
+    rewards = [[alike, longer], [alike, other], [alike, alike]]
+    for credit in ("trajectory", "turn"):
+        assert have_spread(rewards, credit).tolist() == [False, True, False]
 
 
 def test_nothing_is_drawn_when_all_groups_differ():
@@ -115,12 +140,15 @@ def test_with_credit_by_turn_a_group_differs_when_either_turn_does(monkeypatch):
     """Equal totals of unequal turns; all equal; an only second turn; what a rollout without one lacks is no spread."""
     by_turn = [[(0.5, 0.5), (0.2, 0.8), (1.0, 0)], [(0.1, 0.2)] * 3, [(1, 0), (0.5, 0.5), (1, 0)],
                [(0.3, 0.3), (0.3, 0.3), (0.6, 0)]]  # fmt: skip
-    rewards = [[RolloutReward(0, 0, 0, 0, a + b, a, b, turns=2 if b else 1) for a, b in row] for row in by_turn]
+    rewards = [
+        [RolloutReward(0, 0, 0, 0, a + b, a, b, turns=2 if b else 1, task1=a, task2=b) for a, b in row]
+        for row in by_turn
+    ]
     monkeypatch.setattr(Groups, "rewards", lambda groups, config: rewards)
     for credit, useful in (("turn", [0]), ("trajectory", [])):
         config = replace(CONFIG, learner=LearnerConfig(credit=credit))
         found = _with_spread(groups(0, [(0, 1)] * 4), config, make_placement(MeshConfig()))
-        assert [row for _, row in found] == useful
+        assert found == useful
         assert reward_metrics(rewards, credit)["reward/groups_without_spread"] == 1 - len(useful) / 4
 
 
@@ -169,7 +197,13 @@ def test_a_lost_sidecar_stops_the_drawing_in_all_processes():
     ],
 )
 def test_decoding_runs_until_the_longest_has_ended(lengths, steps):
-    assert decode_steps([[chain(1, *pair) for pair in lengths]]) == steps
+    longest = max(first for first, _ in lengths), max(second for _, second in lengths)
+    assert decode_steps([[Decoded(len(lengths), longest, 0)]]) == steps
+
+
+def test_processes_decode_until_the_longest_answer_of_all_has_ended():
+    shares = [[Decoded(4, (10, 3), 0), Decoded(4, (5, 0), 0)], [Decoded(4, (50, 0), 0), Decoded(4, (7, 2), 0)]]
+    assert decode_steps(shares) == 8 * (51 + 4) + 8 * (8 + 3)
 
 
 def test_metrics_say_how_many_rollouts_were_truncated():
@@ -179,7 +213,6 @@ def test_metrics_say_how_many_rollouts_were_truncated():
     first = first._replace(pending=[replace(first.pending[0], chains=rows, scores=[None] * 3)])
     metrics = reward_metrics(first.rewards(CONFIG), "trajectory") | rollout_metrics(first)
     assert metrics["rollout/truncated_count"] == 2 and metrics["rollout/truncated"] == pytest.approx(1 / 3)
-    assert metrics["rollout/wasted_decode_steps"] == pytest.approx(1 - 24 / 30)
     assert metrics["reward/groups_without_spread"] == pytest.approx(2 / 3)
 
 
@@ -211,4 +244,5 @@ def test_prompts_of_similar_length_are_sampled_together_and_come_back_in_their_o
     assert [row[0].turn1.frame_idx for row in result.chains] == [len(query) for query in queries]
     assert [waiting.first for waiting in result.pending] == [0, 1, 2, 3]
     # Unordered, the two parts would each wait for a long one: (3 + 4) steps of 4 rollouts twice.
-    assert result.decode_steps == (2 + 4) * 4 + (3 + 4) * 4 and result.tokens == 2 * (sum(frames) + 4 * 3)
+    assert decode_steps([result.decoded]) == (2 + 4) * 4 + (3 + 4) * 4
+    assert sum(part.tokens for part in result.decoded) == 2 * (sum(frames) + 4 * 3)

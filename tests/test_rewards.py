@@ -150,7 +150,8 @@ def test_presets() -> None:
     )
     custom = RewardsConfig(preset="custom", format=0.1, temporal=0.2, spatial=0.3, mask=0.4)
     assert weights_from(custom) == RewardWeights(0.1, 0.2, 0.3, 0.4)
-    assert weights_from(RewardsConfig(preset="paper_curves", format=9, mask=0.4)) == RewardWeights(0.25, 0.15, 0.6, 0.4)
+    assert weights_from(RewardsConfig(preset="custom", format=0.1)) == RewardWeights(0.1, 0, 0, 0)
+    assert weights_from(RewardsConfig(preset="paper_curves", mask=0.4)) == RewardWeights(0.25, 0.15, 0.6, 0.4)
 
 
 def test_gates() -> None:
@@ -189,7 +190,7 @@ def test_a_failed_second_turn_keeps_the_first_ones_reward(turn2: Turn2, box: Non
 def test_the_only_turn_of_a_chain_earns_all_of_it() -> None:
     two = score_rollout(TOTAL, GOOD1, GOOD2, (0, 0, 20, 10), AREAS, BOXES, j=0.6)
     one = score_rollout(TOTAL, GOOD1, replace(GOOD2, in_first=True), (0, 0, 20, 10), AREAS, BOXES, j=0.6)
-    assert one == replace(two, turns=1, turn1=two.total, turn2=0.0)
+    assert one == replace(two, turns=1, turn1=two.total, turn2=0.0, task1=two.total, task2=0.0)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans(), st.integers(0, 3), BOX)

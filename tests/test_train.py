@@ -1,6 +1,7 @@
 """Training end to end, small: real clips, a real sidecar, real checkpoints."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.rollout.loading import load_engine
+from revseg_jax.run.folder import check_same_settings
 from revseg_jax.train import tracker_client
 
 MEASURES = set(
@@ -118,6 +120,24 @@ def test_a_wrong_place_shows_before_anything_is_loaded(finished, clips, tmp_path
         with pytest.raises(InputError, match=message):
             train.main(load_config(CONFIG, [f"run.dir={tmp_path}", *nowhere, *options]))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_continued_run_may_have_otherwise(finished, clips, tmp_path):
+    """How much is computed at a time, and what is evaluated until something has been."""
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+
+    def check(*changes: str) -> None:
+        options = [*SMALL, f"data.train=[{clips}]", "run.checkpoint_every=2", *changes]
+        check_same_settings(tmp_path / "run", load_config(CONFIG, [f"run.dir={tmp_path / 'run'}", *options]))
+
+    sizes = ["rollout.prompts_per_batch=2", "learner.prompts_per_microbatch=1", "learner.logprob_chunk=64"]
+    check(*sizes, "policy.remat=full", "run.evaluate_every=2", f"data.test=[{clips}]", "data.test_clips=1")
+    with pytest.raises(InputError, match="learner.learning_rate"):
+        check("learner.learning_rate=1")
+    (tmp_path / "run/evaluation.jsonl").write_text('{"step": 2, "jf": 50.0}\n')
+    with pytest.raises(InputError, match="data.test_clips: 96 -> 1"):
+        check("data.test_clips=1")
 
 
 def test_evaluations_keep_to_the_schedule_and_the_best_checkpoint_stays(clips, client, tmp_path, capsys):

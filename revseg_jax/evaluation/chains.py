@@ -27,6 +27,7 @@ def answers(
     engine: RolloutEngine, params: Any, source: ClipSource, chosen: Sequence[int], chain: ChainConfig, seed: int = 0
 ) -> Iterator[tuple[list[Clip], Batch, list[Rollout]]]:
     """One chain for each chosen pair of the source. What is drawn depends on the seed and the pair only."""
+    params = engine.weights(params)
     for start in range(0, len(chosen), BATCH):
         indices = [int(i) for i in chosen[start : start + BATCH]]
         # The last batch is filled up, so that one compiled program serves all.

@@ -48,6 +48,7 @@ class RolloutReward:
             turn 1, the spatial and mask terms for turn 2; with its overlong penalty. The only turn earns all of it.
         turns: turns that took place, 1 or 2.
         overlong: the penalties of both turns, 0 or less.
+        task1, task2: turn1 and turn2 without them.
     """
 
     format: float
@@ -59,12 +60,14 @@ class RolloutReward:
     turn2: float
     turns: int
     overlong: float = 0.0
+    task1: float = 0.0
+    task2: float = 0.0
 
 
 def weights_from(config: RewardsConfig) -> RewardWeights:
     """The preset's weights, or the config's own for `custom`. The mask weight is the config's in any case."""
     if config.preset == "custom":
-        return RewardWeights(config.format, config.temporal, config.spatial, config.mask)
+        return RewardWeights(config.format or 0.0, config.temporal or 0.0, config.spatial or 0.0, config.mask)
     return replace(PRESETS[config.preset], mask=config.mask)
 
 
@@ -115,17 +118,19 @@ def score_rollout(
     mask = mask_reward(config.mask_kind, j, f) if ok2 else 0.0
     first = combine(weights, format_reward(turn1, None), temporal, 0.0, 0.0, ok1, False)
     total = combine(weights, format_reward(turn1, turn2), temporal, spatial, mask, ok1, ok2)
-    first, total = first + overlong[0], total + sum(overlong)
     turns = 1 if turn2 is None or turn2.in_first else 2
     first = first if turns == 2 else total
+    penalties = overlong if turns == 2 else (sum(overlong), 0.0)
     return RolloutReward(
         format=format_reward(turn1, turn2),
         temporal=temporal,
         spatial=spatial,
         mask=mask,
-        total=float(total),
-        turn1=float(first),
-        turn2=float(total - first),
+        total=float(total + sum(overlong)),
+        turn1=float(first + penalties[0]),
+        turn2=float(total - first + penalties[1]),
         turns=turns,
         overlong=float(sum(overlong)),
+        task1=float(first),
+        task2=float(total - first),
     )

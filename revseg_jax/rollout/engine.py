@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from revseg_jax.chain.geometry import box_to_original
 from revseg_jax.chain.parsing import Turn1, Turn2, parse_one_turn, parse_turn1, parse_turn2
-from revseg_jax.data.frames import decode_frame, resize_square
+from revseg_jax.data.frames import decode_square
 from revseg_jax.parallel.rows import own_rows, place_rows
 from revseg_jax.parallel.sharding import Placement, constrain, tree_shardings
 from revseg_jax.policy.model import Policy, PrefixTokens
@@ -222,7 +222,7 @@ class RolloutEngine:
         for b, (prompt, row) in enumerate(zip(prompts, turns, strict=True)):
             chosen = list(dict.fromkeys(turn.frame_idx for turn in row if turn is not None))
             for slot, frame in enumerate(chosen):
-                images[b, slot] = resize_square(decode_frame(prompt.jpegs[frame]), side)
+                images[b, slot] = decode_square(prompt.jpegs[frame], side)
             index[b] = [chosen.index(turn.frame_idx) if turn is not None else -1 for turn in row]
         return images, index
 

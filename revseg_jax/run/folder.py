@@ -25,15 +25,18 @@ from revseg_jax.run.metrics_writer import MetricsWriter, append_line
 from revseg_jax.run.mirror import Mirror
 
 # What a continued run may have otherwise: how long and how often, where it is and on which devices, and how it reaches
-# its sidecars. Only the mesh and the size of microbatches may change the bits, and those by rounding alone.
+# its sidecars. Only the mesh and what is computed together, or again, may change the bits, and those by rounding alone.
 MAY_CHANGE = frozenset(
     """
     run.dir run.steps run.checkpoint_every run.keep_checkpoints run.keep_best run.traces_every run.evaluate_every
-    run.wandb learner.prompts_per_microbatch learner.max_bad_steps data.workers
+    run.wandb rollout.prompts_per_batch policy.remat learner.prompts_per_microbatch learner.logprob_chunk
+    learner.max_bad_steps data.workers
     tracker.endpoints tracker.deadline_seconds tracker.patience tracker.token_file
     tracker.tls_ca tracker.tls_certificate tracker.tls_key
     """.split()
 )
+
+EVALUATED = ("data.test", "data.test_split", "data.test_clips")  # may change until they have been evaluated
 
 
 class RunFolder:
@@ -200,17 +203,18 @@ def check_folder(config: Config) -> None:
 def check_same_settings(folder: AnyPath, config: Config) -> None:
     """Raises InputError when the run in `folder` has another config, but for what `MAY_CHANGE` names."""
     old, new = (_settings(c) for c in (load_config(folder / "config.yaml"), config))
-    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+    free = () if evaluation_scores(folder) else EVALUATED
+    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key] and key not in free]
     if changed:
         raise InputError(f"{folder} holds a run with another config ({'; '.join(changed[:3])}): choose another run.dir")
 
 
-def evaluation_scores(folder: Path) -> dict[int, float]:
+def evaluation_scores(folder: AnyPath) -> dict[int, float]:
     """J&F of the evaluations that a run has recorded, by step."""
     return {record["step"]: record["jf"] for record in read_records(folder / "evaluation.jsonl")}
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: AnyPath) -> list[dict[str, Any]]:
     """What a run has logged in a .jsonl file, without a line that a crash cut off; nothing when there is no file."""
     records = map(_record, path.read_text().splitlines()) if path.exists() else ()
     return [record for record in records if record]
