@@ -27,7 +27,7 @@ from revseg_jax.policy import checkpoint
 from revseg_jax.policy.checkpoint import load_policy, load_tokenizer, save_policy
 from revseg_jax.policy.config import PUBLISHED, from_hf, read_config, to_hf
 from revseg_jax.policy.embedded_tokenizer import build_tokenizer, write_preprocessor
-from revseg_jax.policy.hf_weights import TABLE, load_weights, read_weight, save_weights, weights_of
+from revseg_jax.policy.hf_weights import TABLE, in_one_line, load_weights, read_weight, save_weights, weights_of
 from revseg_jax.policy.safetensors_files import INDEX, SINGLE, open_checkpoint
 
 
@@ -179,6 +179,27 @@ def test_all_wrong_tensors_are_named_at_once(broken):
         assert message.count(problem) == 1, message
 
 
+def test_what_is_wrong_in_all_layers_is_said_once(broken):
+    def rename(tensors):
+        for name in list(tensors):
+            if "up_proj" in name:
+                tensors[name.replace("up_proj", "up_proj.base_layer")] = tensors.pop(name)
+
+    edit_tensors(broken, rename)
+    with pytest.raises(InputError) as caught:
+        load_policy(broken)
+    assert str(caught.value).count("up_proj") == 2 * 3  # the decoder's, and kernels and biases of the vision tower
+    assert "model.layers.{0-1}.mlp.up_proj.weight is missing" in str(caught.value)
+    assert "visual.blocks.{0-2}.mlp.up_proj.base_layer.bias is unexpected" in str(caught.value)
+    assert in_one_line(["a.0.b is gone", "c", "a.2.b is gone", "a.7.b"]) == "a.{0,2}.b is gone; c; a.7.b"
+
+
+def test_an_adapter_is_no_policy(broken):
+    (broken / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a LoRA adapter: merge it first"):
+        load_policy(broken)
+
+
 def test_broken_files_are_named(source, broken):
     size = (broken / SINGLE).stat().st_size
     for length, words in ((size - 1, "is truncated: "), (40, "is truncated or not"), (0, "is truncated or not")):
@@ -213,6 +234,32 @@ def test_tied_embeddings(tmp_path):
     load_ours(tmp_path)
 
 
+def test_the_shared_matrix_may_stand_under_either_name(tmp_path):
+    """safetensors' own writer keeps one of the names of a shared tensor, the first in the alphabet."""
+    model = random_model(21, tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / SINGLE))
+    assert "lm_head.weight" in safetensors.numpy.load_file(tmp_path / SINGLE)
+    policy = load_ours(tmp_path)
+    np.testing.assert_array_equal(policy.text.embedding[...], model.lm_head.weight.detach().numpy())
+
+
+def test_a_null_number_of_key_heads_is_that_of_the_heads(source):
+    raw = json.loads((source / "config.json").read_text())
+    raw["text_config"] |= {"num_key_value_heads": None}
+    theirs = Qwen2_5_VLConfig(**raw).text_config.num_key_value_heads
+    assert from_hf(raw).text.num_kv_heads == theirs == raw["text_config"]["num_attention_heads"]
+
+
+def test_numbers_too_large_for_the_stored_type_are_not_saved(source, tmp_path):
+    policy = load_policy(source)
+    scale = policy.policy.text.norm.scale
+    scale[...] = scale[...].at[0].set(1e6)
+    with pytest.raises(RunFailure, match="model.norm.weight holds numbers too large for float16"):
+        save_policy(policy.policy, tmp_path / "half", source, dtype="float16")
+    assert not (tmp_path / "half").exists()
+
+
 def test_an_output_matrix_of_its_own_is_used_whatever_the_config_says(tmp_path):
     """As by transformers; the saved policy says so itself."""
     folder = save_policy_folder(random_model(21, tie_word_embeddings=True), tmp_path / "tied")
@@ -227,7 +274,10 @@ def test_an_output_matrix_of_its_own_is_used_whatever_the_config_says(tmp_path):
         expected = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
     policy = load_policy(folder)
     np.testing.assert_allclose(policy.logits(input_ids=tokens), expected, atol=2e-4)
+    original = json.loads((folder / "config.json").read_text()) | {"keep": "me"}
+    (folder / "config.json").write_text(json.dumps(original))
     policy.save(tmp_path / "untied")
+    assert json.loads((tmp_path / "untied/config.json").read_text())["keep"] == "me"
     again = load_policy(tmp_path / "untied")
     np.testing.assert_array_equal(again.logits(input_ids=tokens), policy.logits(input_ids=tokens))
     assert not read_config(tmp_path / "untied").text.tie_word_embeddings
@@ -302,6 +352,13 @@ def test_wrong_folders_are_one_clear_line(broken, tmp_path):
         ({"text_config": {**config["text_config"], "num_hidden_layers": 0}}, "not whole .*num_hidden_layers=0"),
         ({"image_token_id": 1.5}, "not whole numbers above 0: image_token_id=1.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "not supported: quantization_config.quant_method='awq'"),
+        ({"vision_config": [1], "text_config": "7B"}, "not objects: text_config='7B', vision_config=.1."),
+        ({"quantization_config": ["awq"]}, "not objects: quantization_config="),
+        ({"vision_config": {**config["vision_config"], "fullatt_block_indexes": 2}}, "fullatt_block_indexes=2"),
+        ({"vision_config": {**config["vision_config"], "patch_size": [14, 14]}}, "not whole .*patch_size=.14, 14."),
+        ({"vision_config": {**config["vision_config"], "tokens_per_second": 0}}, "not numbers .*tokens_per_second=0"),
+        ({"text_config": {**config["text_config"], "rms_norm_eps": "1e-6"}}, "not numbers .*rms_norm_eps='1e-6'"),
+        ({"text_config": {**config["text_config"], "rope_parameters": {"mrope_section": ["1"]}}}, "not three whole"),
         ({"text_config": {**config["text_config"], "head_dim": 2}}, "mrope_section .* does not add up to half of .* 2"),
     ):
         (broken / "config.json").write_text(json.dumps({**config, **change}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -271,6 +272,25 @@ def test_draw_reports_the_untruncated_distribution_and_never_a_forbidden_token()
         token, logprob = draw(logits, rollout_keys(seed, 0, np.zeros(1, int), 1), config)
         assert int(token[0, 0]) in (0, 1)
         assert float(logprob[0, 0]) == pytest.approx(float(expected[int(token[0, 0])]))
+
+
+def test_a_tokenizer_of_another_policy_is_refused(loaded):
+    encoder = loaded.engine.encoder
+    for change, words in (
+        ({"video_token_id": 7}, "<|video_pad|> is .* and config.json's 7"),
+        ({"image_token_id": 7}, "<|image_pad|> is .* and config.json's 7"),
+        ({"text": replace(encoder.model.text, vocab_size=96)}, "1656 tokens and config.json a vocab_size of 96"),
+    ):
+        with pytest.raises(InputError, match=re.sub("[|]", "[|]", words)):
+            replace(encoder, model=replace(encoder.model, **change))
+
+
+def test_only_the_end_of_a_turn_ends_an_answer(loaded):
+    """The published generation_config names the end of a text too, behind which no second turn could follow."""
+    sampling, tokenizer = loaded.engine.sampling, loaded.engine.encoder.tokenizer
+    ends = json.loads((loaded.folder / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert sampling.end_token == ends[0] and ends[1] in sampling.forbidden
 
 
 def test_long_queries_and_descriptions_are_cut_to_their_slots(loaded, capsys):

@@ -27,7 +27,7 @@ from revseg_jax.policy.model import Policy
 from revseg_jax.policy.text import PrefixCache, SuffixCache
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.engine import answer_turn1, answer_turn2, read_prefix, read_turn2
-from revseg_jax.rollout.layout import PromptEncoder, SlotLayout
+from revseg_jax.rollout.layout import SlotLayout, slot_layout
 from revseg_jax.rollout.loading import split_policy
 from revseg_jax.rollout.sampling import SamplingConfig
 
@@ -84,7 +84,7 @@ class StepPrograms:
 
     @cached_property
     def layout(self) -> SlotLayout:
-        return PromptEncoder(None, self.model, self.config.chain).layout
+        return slot_layout(self.model, self.config.chain)
 
     @cached_property
     def learner(self) -> Learner:

@@ -42,7 +42,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 REQUIRED = ("config.json", *TOKENIZER)
 # Everything of a published folder that is neither weights nor config.json.
 COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *(*TOKENIZER, "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
 )
@@ -142,6 +142,8 @@ def load_policy(
     folder = resolve_folder(folder)
     if not folder.is_dir():
         raise InputError(f"policy folder {folder} does not exist")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"policy folder {folder} holds a LoRA adapter: merge it first (peft's merge_and_unload)")
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     if missing:
         raise InputError(f"policy folder {folder} lacks {', '.join(missing)}")
@@ -246,9 +248,14 @@ def write_policy(policy: Policy, folder: Path, source: Path | None, chain: Chain
 
 
 def config_json(policy: Policy, source: Path | None, dtype: str) -> dict:
-    """The source's own config.json when it describes this policy, with the type of the weights as they are stored."""
+    """The source's own config.json when it describes this policy, with the type of the weights as they are stored, and
+    the embeddings untied where the source's files held two matrices in spite of it."""
     raw = to_hf(policy.config)
     if source is not None and (source / "config.json").is_file():
-        original = json.loads((source / "config.json").read_text())
+        original, tied = json.loads((source / "config.json").read_text()), policy.config.text.tie_word_embeddings
+        if from_hf(original).text.tie_word_embeddings and not tied:
+            original = {**original, "tie_word_embeddings": False}
+            if "tie_word_embeddings" in (original.get("text_config") or {}):
+                original["text_config"] = {**original["text_config"], "tie_word_embeddings": False}
         raw = original if from_hf(original) == policy.config else raw
     return {**raw, ("torch_dtype" if "torch_dtype" in raw else "dtype"): dtype}

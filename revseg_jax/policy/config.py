@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ VISION_DEFAULTS = {
     "fullatt_block_indexes": (7, 15, 23, 31),
     "tokens_per_second": 4,
 }
+OBJECTS = ("text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling")
 REALS = ("rms_norm_eps", "rope_theta", "tokens_per_second")  # all other defaults are whole numbers
 TOKEN_DEFAULTS = {
     "image_token_id": 151655,
@@ -110,8 +112,17 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_5_vl":
         kind = raw.get("model_type") if isinstance(raw, dict) else raw
         raise InputError(f"{where}: model_type is {kind!r:.80}, not 'qwen2_5_vl'")
+    parts = {"": raw} | {f"{key}.": raw.get(key) or {} for key in ("text_config", "vision_config")}
+    objects = {
+        f"{key}{name}": part.get(name) for key, part in parts.items() if isinstance(part, dict) for name in OBJECTS
+    }
+    wrong = [f"{key}={value!r:.80}" for key, value in objects.items() if not isinstance(value, dict | None)]
+    if wrong:
+        raise InputError(f"{where}: not objects: {', '.join(wrong)}")
     nested = _given(raw.get("text_config"))
     text_raw = {**TEXT_DEFAULTS, **_given(raw), **nested}
+    if {**raw, **parts["text_config."]}.get("num_key_value_heads", 0) is None:  # given as null: not its default
+        text_raw["num_key_value_heads"] = text_raw["num_attention_heads"]
     vision_raw = {**VISION_DEFAULTS, **_given(raw.get("vision_config"))}
     tokens = {**TOKEN_DEFAULTS, **_given(raw)}
     rope = _given(text_raw.get("rope_parameters") or text_raw.get("rope_scaling"))
@@ -136,10 +147,16 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
         (f"vision_config.{key}", vision_raw[key]) for key in ("hidden_size", *VISION_DEFAULTS) if key not in REALS
     ]
     sizes += [(key, tokens[key]) for key in TOKEN_DEFAULTS]
-    wrong = [f"{key}={value!r}" for key, value in sizes if not _is_count(value)]
+    wrong = [f"{key}={value!r}" for key, value in sizes if not _is_count(key, value)]
     if wrong:
         raise InputError(f"{where}: not whole numbers above 0: {', '.join(wrong)}")
-    heads, sections = text_raw["num_attention_heads"], tuple(rope["mrope_section"])
+    reals = {**text_raw, **rope, "tokens_per_second": vision_raw["tokens_per_second"]}
+    wrong = [f"{key}={reals[key]!r}" for key in REALS if not (_is_number(reals[key]) and reals[key] > 0)]
+    if wrong:
+        raise InputError(f"{where}: not numbers above 0: {', '.join(wrong)}")
+    heads, sections = text_raw["num_attention_heads"], rope["mrope_section"]
+    if not isinstance(sections, list | tuple) or len(sections) != 3 or any(type(part) is not int for part in sections):
+        raise InputError(f"{where}: mrope_section={sections!r} is not three whole numbers")
     head_dim = text_raw.get("head_dim") or text_raw["hidden_size"] // heads
     if 2 * sum(sections) != head_dim:
         raise InputError(f"{where}: mrope_section {list(sections)} does not add up to half of a head's {head_dim}")
@@ -151,24 +168,15 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
         num_heads=heads,
         num_kv_heads=text_raw["num_key_value_heads"],
         head_dim=head_dim,
-        rope_theta=float(rope.get("rope_theta", text_raw["rope_theta"])),
-        mrope_section=sections,
+        rope_theta=float(reals["rope_theta"]),
+        mrope_section=tuple(sections),
         rms_norm_eps=text_raw["rms_norm_eps"],
         # As in transformers: versions before 5 wrote it into text_config, and false beside it.
         tie_word_embeddings=any(part.get("tie_word_embeddings", False) for part in (raw, nested)),
     )
+    vision_raw["fullatt_block_indexes"] = tuple(vision_raw["fullatt_block_indexes"])
     vision = VisionConfig(
-        depth=vision_raw["depth"],
-        hidden_size=vision_raw["hidden_size"],
-        intermediate_size=vision_raw["intermediate_size"],
-        num_heads=vision_raw["num_heads"],
-        out_hidden_size=vision_raw["out_hidden_size"],
-        patch_size=vision_raw["patch_size"],
-        temporal_patch_size=vision_raw["temporal_patch_size"],
-        spatial_merge_size=vision_raw["spatial_merge_size"],
-        window_size=vision_raw["window_size"],
-        fullatt_block_indexes=tuple(vision_raw["fullatt_block_indexes"]),
-        tokens_per_second=vision_raw["tokens_per_second"],
+        **{key: vision_raw[key] for key in ("hidden_size", *VISION_DEFAULTS)},
         in_channels=vision_raw.get("in_channels", vision_raw.get("in_chans", 3)),
     )
     return ModelConfig(vision, text, **{key: tokens[key] for key in TOKEN_DEFAULTS})
@@ -179,11 +187,15 @@ def _given(part: dict[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (part or {}).items() if value is not None}
 
 
-def _is_count(value: Any) -> bool:
-    """A whole number above 0, or several of them, 0 among them (numbers of layers)."""
-    if isinstance(value, list | tuple):
-        return all(type(each) is int and each >= 0 for each in value)
+def _is_count(key: str, value: Any) -> bool:
+    """A whole number above 0, or of layers several of them, 0 among them."""
+    if key == "vision_config.fullatt_block_indexes":
+        return isinstance(value, list | tuple) and all(type(each) is int and each >= 0 for each in value)
     return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -219,18 +231,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "qwen2_5_vl",
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "out_hidden_size": vision.out_hidden_size,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "window_size": vision.window_size,
+            **dataclasses.asdict(vision),
             "fullatt_block_indexes": list(vision.fullatt_block_indexes),
-            "tokens_per_second": vision.tokens_per_second,
-            "in_channels": vision.in_channels,
             "hidden_act": "silu",
         },
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from revseg_jax.policy.model import Policy
 from revseg_jax.policy.safetensors_files import SHARD_BYTES, StoredTensor, open_checkpoint, write_checkpoint
 
 COPY_BYTES = 2 << 20  # of a tensor that is copied at a time: what is turned stays in the processor's caches
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Published tensor name ("{}": layer number) -> path in the policy, and how many leading axes of our kernel are inputs.
 # A kernel [inputs..., outputs...] is stored as [outputs, inputs], flattened. 0 inputs: the elements keep their order.
 TABLE = {
-    "model.embed_tokens.weight": ("text.embedding", 0),
+    EMBEDDINGS: ("text.embedding", 0),
     "model.layers.{}.input_layernorm.weight": ("text.layers.input_norm.scale", 0),
     "model.layers.{}.self_attn.q_proj.weight": ("text.layers.query.kernel", 1),
     "model.layers.{}.self_attn.q_proj.bias": ("text.layers.query.bias", 0),
@@ -41,7 +42,7 @@ TABLE = {
     "model.layers.{}.mlp.up_proj.weight": ("text.layers.mlp.up.kernel", 1),
     "model.layers.{}.mlp.down_proj.weight": ("text.layers.mlp.down.kernel", 1),
     "model.norm.weight": ("text.norm.scale", 0),
-    "lm_head.weight": ("text.lm_head.kernel", 1),
+    HEAD: ("text.lm_head.kernel", 1),
     "visual.patch_embed.proj.weight": ("vision.patch_embed.kernel", 1),
     "visual.blocks.{}.norm1.weight": ("vision.blocks.norm1.scale", 0),
     "visual.blocks.{}.attn.qkv.weight": ("vision.blocks.qkv.kernel", 1),
@@ -166,11 +167,16 @@ def load_weights(
     folder = Path(folder)
     stored, problems = open_checkpoint(folder)
     tensors = {published_name(name): tensor for name, tensor in stored.items()}
+    tied = policy.config.text.tie_word_embeddings
+    if (
+        tied and EMBEDDINGS not in tensors and HEAD in tensors
+    ):  # of two names safetensors keeps the first in the alphabet
+        tensors[EMBEDDINGS] = tensors.pop(HEAD)
     weights = weights_of(policy)
     wanted = {name: weight.stored_shape for weight in weights for name in weight.names}
     if tensors:  # a single unreadable file is one problem, not hundreds
         problems += [f"{name} is missing" for name in wanted if name not in tensors]
-    ignored = {"lm_head.weight"} if policy.config.text.tie_word_embeddings else set()
+    ignored = {HEAD} if tied else set()
     problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - wanted.keys() - ignored)]
     problems += [
         f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
@@ -178,7 +184,7 @@ def load_weights(
         if tensors.get(name) and tensors[name].shape != shape
     ]
     if problems:
-        raise InputError(f"weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+        raise InputError(f"weights in {folder} do not fit its config.json: {in_one_line(problems)}")
     dtype = np.dtype(jnp.dtype(param_dtype))
 
     def place(weight: Weight) -> jax.Array:
@@ -232,12 +238,29 @@ def embeddings_differ(folder: Path) -> bool:
     config says, as in transformers."""
     stored, problems = open_checkpoint(folder)
     tensors = {published_name(name): tensor for name, tensor in stored.items()}
-    first, second = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    first, second = (tensors.get(name) for name in (EMBEDDINGS, HEAD))
     if problems or not first or not second or first.shape != second.shape:
         return False
     rows = max(1, COPY_BYTES // math.prod(first.shape[1:]) // first.dtype.itemsize)
     starts = range(0, first.shape[0], rows)
     return any((first.array()[n : n + rows] != second.array()[n : n + rows]).any() for n in starts)
+
+
+def in_one_line(problems: Sequence[str]) -> str:
+    """All of them; what is said alike of several layers is said once, of `layers.{0-27}`."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        before, number, after = (re.split(r"(?<=\.)(\d+)(?=\.)", problem, maxsplit=1) + ["", ""])[:3]
+        said.setdefault((before, after), []).append(number)
+    return "; ".join(f"{before}{_numbers(found)}{after}" for (before, after), found in said.items())
+
+
+def _numbers(found: Sequence[str]) -> str:
+    if len(found) == 1:
+        return found[0]
+    numbers = sorted(map(int, found))
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
 
 
 def published_name(name: str) -> str:

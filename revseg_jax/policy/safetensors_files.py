@@ -15,6 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from revseg_jax.errors import RunFailure
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4_900_000_000  # under the 5 GB that file hosts take
 DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16), "F32": np.dtype(np.float32)}
@@ -101,6 +103,14 @@ def _place(entry: dict[str, Any]) -> tuple[tuple[int, ...], int, int]:
     return shape, begin, end
 
 
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array, dtype)
+    if dtype == np.float16 and not np.isfinite(stored).all() and np.isfinite(array).all():
+        raise RunFailure(f"{name} holds numbers too large for {dtype}: save in bfloat16 or float32")
+    return stored
+
+
 def write_checkpoint(
     folder: Path,
     shapes: dict[str, tuple[int, ...]],
@@ -110,7 +120,8 @@ def write_checkpoint(
 ) -> None:
     """Writes tensors of one dtype, given in the order of `shapes`, into as few files as `shard_bytes` allows.
 
-    One array is in memory at a time. Several files get an index.
+    One array is in memory at a time. Several files get an index. Raises RunFailure when a number is too large for the
+    dtype.
     """
     sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
@@ -134,7 +145,7 @@ def write_checkpoint(
             for expected in names:
                 name, array = next(stream)
                 assert name == expected and array.shape == tuple(shapes[name])
-                file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
+                file.write(_cast(name, array, dtype).reshape(-1).view(np.uint8))
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

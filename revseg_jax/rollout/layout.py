@@ -85,6 +85,22 @@ class EncodedTurn2:
     next_position: int
 
 
+def slot_layout(model: ModelConfig, chain: ChainConfig) -> SlotLayout:
+    """Raises InputError when an image cannot be cut into whole tokens."""
+    step = model.vision.merged_patch_size
+    for name, size in (("frame_size", chain.frame_size), ("keyframe_size", chain.keyframe_size)):
+        if size % step:
+            raise InputError(f"chain.{name}={size} must be a multiple of {step}, the pixels one token covers")
+    video = chain.frames // model.vision.temporal_patch_size * (chain.frame_size // step) ** 2
+    second = chain.turns == 2
+    return SlotLayout(
+        prefix=video + chain.query_tokens,
+        turn1=chain.turn1_tokens,
+        turn2_prompt=(chain.keyframe_size // step) ** 2 + chain.turn2_prompt_tokens if second else 0,
+        turn2=chain.turn2_tokens if second else 0,
+    )
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Writes prompts into slots with a checkpoint's tokenizer."""
@@ -94,10 +110,18 @@ class PromptEncoder:
     chain: ChainConfig
 
     def __post_init__(self) -> None:
-        step = self.model.vision.merged_patch_size
-        for name, size in (("frame_size", self.chain.frame_size), ("keyframe_size", self.chain.keyframe_size)):
-            if size % step:
-                raise InputError(f"chain.{name}={size} must be a multiple of {step}, the pixels one token covers")
+        for name, token in (("<|image_pad|>", self.model.image_token_id), ("<|video_pad|>", self.model.video_token_id)):
+            if (found := self.tokenizer.convert_tokens_to_ids(name)) != token:
+                raise InputError(
+                    f"the tokenizer's {name} is {found} and config.json's {token}: they are of different policies, and "
+                    "this one would see no frames"
+                )
+        if len(self.tokenizer) > self.model.text.vocab_size:
+            raise InputError(
+                f"the tokenizer has {len(self.tokenizer)} tokens and config.json a vocab_size of "
+                f"{self.model.text.vocab_size}: they are of different policies"
+            )
+        slot_layout(self.model, self.chain)
 
     @property
     def frame_tokens(self) -> int:
@@ -110,14 +134,7 @@ class PromptEncoder:
 
     @property
     def layout(self) -> SlotLayout:
-        video = self.chain.frames // self.model.vision.temporal_patch_size * self.frame_tokens
-        second = self.chain.turns == 2
-        return SlotLayout(
-            prefix=video + self.chain.query_tokens,
-            turn1=self.chain.turn1_tokens,
-            turn2_prompt=self.image_tokens + self.chain.turn2_prompt_tokens if second else 0,
-            turn2=self.chain.turn2_tokens if second else 0,
-        )
+        return slot_layout(self.model, self.chain)
 
     def prefix(self, query: str, frames: int, seconds: float) -> EncodedPrefix:
         """The prompt of turn 1 about a video of which `frames` frames are shown."""

@@ -24,15 +24,17 @@ class SamplingConfig:
     top_k: int
     end_token: int
     pad_token: int
-    forbidden: tuple[int, ...]  # tokens that are never sampled: image and video placeholders, unused ids
+    forbidden: tuple[int, ...]  # tokens that are never sampled: placeholders, other ends, unused ids
 
     def greedy(self) -> SamplingConfig:
         return SamplingConfig(0.0, 1.0, 0, self.end_token, self.pad_token, self.forbidden)
 
 
 def sampling_config(tokenizer, vocab_size: int, rollout: RolloutConfig) -> SamplingConfig:
-    """A policy that emits a vision placeholder would make the next prompt's tokens and features disagree."""
-    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>")
+    """A policy that emits a vision placeholder would make the next prompt's tokens and features disagree; one that ends
+    a text, instead of its turn, would go on to the limit."""
+    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+    names += ("<|im_start|>", "<|endoftext|>")
     forbidden = [tokenizer.convert_tokens_to_ids(name) for name in names]
     forbidden += range(len(tokenizer), vocab_size)  # the embedding table is padded beyond the vocabulary
     return SamplingConfig(
