@@ -303,17 +303,22 @@ def run_score(options: argparse.Namespace) -> None:
 
 def run_prepare(options: argparse.Namespace) -> None:
     from revseg_jax.data.prepare import prepare, summary_text
+    from revseg_jax.data.processes import cores
     from revseg_jax.data.synthetic_builder import prepare_synthetic
 
+    there = local_only(options.out).exists()
     if options.dataset == "synthetic":
-        workers = options.workers or os.cpu_count() or 1
         prepared = prepare_synthetic(
-            options.out, options.difficulty, *options.clips, seed=options.seed, workers=workers
+            options.out, options.difficulty, *options.clips, seed=options.seed, workers=options.workers or cores()
         )
     elif options.source is None:
         raise InputError("--source is missing: the folder that holds the download")
     else:
         prepared = prepare(options.dataset, options.source, options.out, options.split, options.strict, options.workers)
+    if there:
+        print(
+            f"revseg: {options.out} was there already and is as it was: delete it to prepare it anew", file=sys.stderr
+        )
     print(summary_text(prepared, options.out))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from revseg_jax.config import Config, named_fields
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.errors import InputError
-from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
+from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data, left_out
 from revseg_jax.evaluation.predict import PREDICTIONS, predict
 from revseg_jax.evaluation.protocols import Row, rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
@@ -44,7 +44,8 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
             write_submission(benchmark, path, predictions, folder / name / "submission.zip")
         prepared = read_prepared(path)
         if prepared["truth"][benchmark.split]:
-            rows += rows_of(benchmark, score_benchmark(benchmark, path, predictions, workers))
+            scores = score_benchmark(benchmark, path, predictions, workers)
+            rows += rows_of(benchmark, scores, left_out(path, benchmark.split))
         else:
             asked, note = prepared["summary"][benchmark.split]["expressions"], f"a server scores {name}/submission.zip"
             rows.append(Row(benchmark.title, None, None, None, note, asked, 0, {}))

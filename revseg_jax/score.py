@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from revseg_jax.evaluation.benchmarks import find_data, get_benchmark
+from revseg_jax.evaluation.benchmarks import find_data, get_benchmark, left_out
 from revseg_jax.evaluation.protocols import rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
@@ -23,4 +23,5 @@ def main(
         count = write_submission(chosen, path, Path(predictions), Path(submission))
         print(f"{submission}: {count} files, all there, of the right size and grey")
         return
-    print(terminal(rows_of(chosen, score_benchmark(chosen, path, Path(predictions), workers))))
+    scores = score_benchmark(chosen, path, Path(predictions), workers)
+    print(terminal(rows_of(chosen, scores, left_out(path, chosen.split))))

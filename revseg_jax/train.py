@@ -77,9 +77,9 @@ def main(config: Config) -> None:
         # What is wrong with folder and data shows now, not when the policy is loaded.
         if leads():
             check_folder(config)
-        ClipSource(config.data.train, config.data.train_split, config.data.weights)
+        ClipSource(config.data.train, config.data.train_split, config.data.weights, with_truth=True)
         if config.run.evaluate_every:
-            ClipSource(config.data.test, config.data.test_split)
+            ClipSource(config.data.test, config.data.test_split, with_truth=True)
         with tracker_client(config) if needs_tracker else nullcontext() as client:
             state = train(config, load_engine(config), client)
         # Of several processes none has all parameters.
@@ -101,7 +101,7 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     if config.learner.kl == "loss" and config.learner.kl_estimator == "k1" and leads():
         advice = "its gradient is 0 on average; use k2 or k3, or learner.kl=reward"
         print(f"revseg: warning: learner.kl_estimator=k1 in the loss regularises nothing: {advice}", file=sys.stderr)
-    source = ClipSource(config.data.train, config.data.train_split, config.data.weights)
+    source = ClipSource(config.data.train, config.data.train_split, config.data.weights, with_truth=True)
     tracker = await_tracker(client, config.tracker.patience) if client else None
     made_of = source.fingerprints, loaded.folder, tracker
     open_run = partial(RunFolder, config, *made_of) if leads() else partial(RunFollower, config)

@@ -28,9 +28,11 @@ from revseg_jax.data.prepare import prepare
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
+from revseg_jax.evaluation import held_out
 from revseg_jax.evaluation import predict as prediction
 from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
 from revseg_jax.evaluation.chains import answers, failure_cause
+from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.rollout.loading import load_engine
@@ -65,6 +67,17 @@ def test_failures_of_chains_of_one_turn():
     answer = '<think>a</think><answer>[{"frame_idx": 1, "bbox_2d": [5, 5, 3, 9]}]</answer>'
     rollout = Rollout(answer, None, *parse_one_turn(answer, 8), None, False, 1)
     assert failure_cause(rollout) == "turn 1: not x1 < x2 and y1 < y2 in finite numbers"
+
+
+def test_nothing_to_find_earns_no_score():
+    """A failed chain has empty masks, which are right where the query asks for what is not there."""
+    reward = RolloutReward(0, 0, 0, 0, 0, 0, 0, 1)
+    found = held_out.Scored("referring", True, 0.5, 0.7, reward, np.array([1.0, 0.0]), {})
+    absent = held_out.Scored("non-existent", False, 1.0, 1.0, reward, np.zeros(2), {})
+    summary = held_out._summary([found, absent, found])
+    assert (summary.j, summary.f, summary.jf) == pytest.approx((50, 70, 60))
+    assert summary.by_kind == pytest.approx({"referring": 60, "non-existent": 100}) and summary.clips == 3
+    assert held_out._summary([absent]).jf == 100
 
 
 def test_evaluation_samples_with_weights_made_for_it(clips, monkeypatch):

@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import dataset_trees as trees
@@ -49,6 +51,24 @@ def test_ref_youtube_vos(tmp_path):
     assert clips[0].fps == 6 and content["truth"] == {"train": True}
     summary = content["summary"]["train"]
     assert (summary["videos"], summary["expressions"], summary["frames"], summary["objects"]) == (1, 12, 4, 2)
+
+
+def test_ref_youtube_vos_valid_without_a_list_of_test(tmp_path, capsys):
+    """Test's frames are not given away any more: a video without frames is one of them."""
+
+    def tree(root: Path, frames: bool = False) -> Path:
+        trees.ref_youtube_vos(root)
+        shutil.rmtree(root / "meta_expressions/test")
+        if not frames:
+            shutil.rmtree(root / "valid/JPEGImages/test")
+        return root
+
+    _, clips, _ = prepared_clips("ref_youtube_vos", tree, tmp_path / "a", "valid", strict=True)
+    assert {clip.video_id for clip in clips} == {"val"}
+    assert "the valid split has 1 videos, and the server scores 202" in capsys.readouterr().err
+    _, clips, _ = prepared_clips("ref_youtube_vos", partial(tree, frames=True), tmp_path / "b", "valid")
+    assert {clip.video_id for clip in clips} == {"val", "test"}
+    assert "the valid split has 2 videos" in capsys.readouterr().err
 
 
 def test_ref_youtube_vos_valid_is_valid_without_test(tmp_path):
@@ -131,26 +151,68 @@ def test_lv_vis(tmp_path, tree):
 
 def test_reason_vos(tmp_path):
     _, clips, _ = prepared_clips("reason_vos", trees.reason_vos, tmp_path, "test")
-    assert [(clip.expression_id, clip.query) for clip in clips] == [("2", "who wins?"), ("1", "who loses?")]
+    assert [(clip.expression_id, clip.query) for clip in clips] == [
+        ("MeViS_race_2/0", "who wins?"),
+        ("MeViS_race_1/1", "who loses?"),
+    ]
     assert_masks(clips[0], union(MEVIS_OBJECTS["17"]))
     assert_masks(clips[1], union(MEVIS_OBJECTS["4"]))
 
 
-def test_reason_vos_with_two_expressions_of_one_object(tmp_path):
-    """Every expression of that video has its own id, which is not another one's object."""
+def test_reason_vos_with_numbers_that_repeat(tmp_path):
+    """An object has several expressions, two of them share a number with another object's, two with each other."""
 
     def tree(root: Path) -> Path:
         trees.reason_vos(root)
-        pairs = [(2, 0), (2, 1), (1, 2)]
+        pairs = [(2, 0), (2, 1), (1, 0), (1, 0)]
         expressions = [{"obj_id": obj, "exp_id": number, "exp_text": f"{obj} {number}"} for obj, number in pairs]
         content = {"videos": {"race": {"source": "MeViS", "expressions": expressions}}}
         trees.write_json(root / "meta_expressions.json", content)
         return root
 
     _, clips, source = prepared_clips("reason_vos", tree, tmp_path, "test")
-    assert [(clip.expression_id, clip.query) for clip in clips] == [("0", "2 0"), ("1", "2 1"), ("2", "1 2")]
+    assert [(clip.expression_id, clip.query) for clip in clips] == [
+        ("MeViS_race_2/0", "2 0"),
+        ("MeViS_race_2/1", "2 1"),
+        ("MeViS_race_1/0_2", "1 0"),
+        ("MeViS_race_1/0_3", "1 0"),
+    ]
     assert_masks(clips[1], union(MEVIS_OBJECTS["17"]))
     assert_masks(clips[2], union(MEVIS_OBJECTS["4"]))
+
+
+def test_what_was_there_already_is_said_to_be_as_it_was(tmp_path, capsys):
+    words = ["prepare", "mevis", "--source", str(trees.mevis(tmp_path / "in")), "--out", str(tmp_path / "out")]
+    words += ["--split", "valid_u", "--workers", "1"]
+    main(words)
+    first = capsys.readouterr()
+    main(words)
+    again = capsys.readouterr()
+    assert first.out == again.out and "already" not in first.err
+    assert "out was there already and is as it was: delete it to prepare it anew" in again.err
+
+
+def test_the_cores_are_those_that_a_process_may_use():
+    code = "import os; from revseg_jax.data.processes import cores\n"
+    code += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(cores())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_frames_stand_in_the_order_in_which_a_person_numbers_them(tmp_path):
+    names = [f"frame_{t}" for t in (9, 10, 11)]
+
+    def tree(root: Path) -> Path:
+        masks = {"0": [trees.rle(trees.box(t, t, 5)) for t in range(3)]}
+        video = {"expressions": {"0": {"exp": "it", "obj_id": [0], "anno_id": [0]}}, "frames": names}
+        trees.write_json(root / "train/meta_expressions.json", {"videos": {"v": video}})
+        trees.write_json(root / "train/mask_dict.json", masks)
+        trees.frames_in(root / "train/JPEGImages/v", names)
+        return root
+
+    _, (clip,), _ = prepared_clips("mevis", tree, tmp_path, "train")
+    assert list(clip.frame_names) == names
+    assert_masks(clip, [trees.box(t, t, 5) for t in range(3)])
 
 
 def square(x: int, y: int, side: int) -> list[tuple[int, int]]:

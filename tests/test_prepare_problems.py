@@ -178,6 +178,23 @@ def test_strict_stops_at_the_first_problem(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "valid_u"])
+def test_a_target_that_is_never_visible_is_not_trained_on(tmp_path, split):
+    """As of a wrong id. Benchmarks count it."""
+
+    def tree(root: Path) -> Path:
+        trees.mevis(root)
+        masks = json.loads((root / split / "mask_dict.json").read_text())
+        trees.write_json(root / split / "mask_dict.json", masks | {"23": [None] * len(masks["23"])})
+        return root
+
+    before = prepared_clips("mevis", trees.mevis, tmp_path / "before", split)[1]
+    content, clips, _ = prepared_clips("mevis", tree, tmp_path / "after", split)
+    lost = [clip.query for clip in before if not any(c.query == clip.query and any(c.masks) for c in clips)]
+    assert len(lost) == 1 and len(before) - len(clips) == (split == "train")
+    assert content["summary"][split]["problems"].get("target never visible", 0) == (split == "train")
+
+
 def test_strict_leaves_nothing_where_nothing_was_written(tmp_path):
     root = trees.mevis(tmp_path / "in")
     shutil.rmtree(next((root / "valid_u/JPEGImages").iterdir()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -19,8 +21,8 @@ from revseg_jax.data.prepare import prepare
 from revseg_jax.data.records import FOREGROUND, VOID, VideoExpression, VideoTruth
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
-from revseg_jax.evaluation.predictions import prediction_folder, write_prediction
+from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data, left_out
+from revseg_jax.evaluation.predictions import clear_partial, prediction_folder, write_prediction
 from revseg_jax.evaluation.protocols import Row, rows_of
 from revseg_jax.evaluation.scoring import ExpressionScore, VideoScores, score_benchmark, score_video
 from revseg_jax.evaluation.submission import check_submission, write_submission
@@ -107,11 +109,58 @@ def test_mean_over_frames_then_over_expressions(tmp_path, data):
 
 def test_missing_predictions_count_nothing(tmp_path, data):
     """ReasonVOS: one of two is there and right. 0 for the other, or left out as the official script does."""
-    write_all(data, "reason_vos", tmp_path, lambda key, masks: masks if key[1] == "1" else None)
+    write_all(data, "reason_vos", tmp_path, lambda key, masks: masks if key[1] == "MeViS_race_1/1" else None)
     found = rows(data, "reason_vos", tmp_path)
     assert found["ReasonVOS"].jf == 50 and found["ReasonVOS"].missing == 1
     official = found["ReasonVOS, official script"]
     assert official.jf == 100 and official.expressions == 1 and "flatters" in official.protocol
+
+
+def test_reason_vos_lies_as_its_own_scripts_have_it(tmp_path, data):
+    names = [f"{t:05d}" for t in range(4)]
+    for obj, number, masks in ((2, 0, trees.MEVIS_OBJECTS["17"]), (1, 1, trees.MEVIS_OBJECTS["4"])):
+        for name, mask in zip(names, masks, strict=True):
+            file = tmp_path / f"MeViS_race_{obj}/{number}/{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(np.zeros((HEIGHT, WIDTH)) if mask is None else mask) * 255).save(file)
+    row = rows(data, "reason_vos", tmp_path)["ReasonVOS"]
+    assert (row.jf, row.missing) == (100, 0)
+    (tmp_path / "by_video/race/1").mkdir(parents=True)
+    with pytest.raises(InputError, match="any of the 1 videos, such as MeViS_race_2/0"):
+        rows(data, "reason_vos", tmp_path / "by_video")
+
+
+def test_what_prepare_left_out_is_said(tmp_path):
+    """Beside the numbers; and no server gets a part of a benchmark."""
+    root = trees.mevis(tmp_path / "in")
+    for split in ("valid", "valid_u"):
+        content = json.loads((root / split / "meta_expressions.json").read_text())
+        content["videos"]["lost"] = next(iter(content["videos"].values()))
+        trees.write_json(root / split / "meta_expressions.json", content)
+    prepare("mevis", root, tmp_path / "mevis", ["valid", "valid_u"], workers=1, progress=False)
+    words = "prepare left out what [1-9] problems concern, 1 whole videos among it"
+    write_all(tmp_path, "mevis", tmp_path / "p")
+    with pytest.raises(InputError, match=f"no submission can be made: {words}: mend them"):
+        write_submission(BENCHMARKS["mevis"], tmp_path / "mevis", tmp_path / "p", tmp_path / "s.zip")
+    assert not (tmp_path / "s.zip").exists()
+    found = rows_of(BENCHMARKS["mevis_valid_u"], [], left_out(tmp_path / "mevis", "valid_u"))
+    assert re.search(words, found[0].protocol)
+
+
+def test_training_and_held_out_scores_need_truth(data):
+    with pytest.raises(InputError, match="the truth of the split 'valid' is not public"):
+        ClipSource([data / "mevis"], "valid", with_truth=True)
+    ClipSource([data / "mevis"], "valid_u", with_truth=True)
+
+
+def test_what_a_killed_process_was_writing_is_taken_away(tmp_path):
+    """Also below the nested folders of ReVOS's videos."""
+    for folder in (tmp_path / "video/.0.12.partial", tmp_path / "a/b/video/.0.12.partial", tmp_path / "a/b/video/0"):
+        folder.mkdir(parents=True)
+        (folder / "00000.png").touch()
+    clear_partial(tmp_path)
+    assert [path.name for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["00000.png"]
+    assert (tmp_path / "a/b/video/0/00000.png").exists()
 
 
 def test_revos(tmp_path, data):
@@ -209,6 +258,7 @@ def test_davis_protocols(tmp_path, data):
     j, f = np.sum([jf(masks, truth[key]) for key, masks in written.items()], axis=0) / len(truth)
     assert (found["Ref-DAVIS17 (b)"].j, found["Ref-DAVIS17 (b)"].f) == pytest.approx((j, f))
     assert [row.missing for row in found.values()] == [1, 1]
+    assert "counts as empty masks" in found["Ref-DAVIS17 (a)"].protocol
     assert j < 75  # the swap alone costs a quarter
 
 

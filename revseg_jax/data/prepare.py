@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 from revseg_jax.data.datasets import DATASETS
 from revseg_jax.data.datasets.build import build_record
 from revseg_jax.data.datasets.listing import ListedVideo, Listing
+from revseg_jax.data.processes import cores
 from revseg_jax.data.writer import PROBLEMS, Built, Part, write_dataset
 from revseg_jax.errors import InputError
 
 VIDEOS_PER_PART = 8
-VERSION = 3  # of how downloads are read: raise it when records of the same download would change
+TRAIN = "train"
+VERSION = 4  # of how downloads are read: raise it when records of the same download would change
 
 
 def prepare(
@@ -56,7 +57,7 @@ def prepare(
         problems={split: listing.problems for split, listing in listings.items()},
         truth={split: listing.truth for split, listing in listings.items()},
         strict=strict,
-        workers=workers or os.cpu_count() or 1,
+        workers=workers or cores(),
         progress=progress,
     )
 
@@ -76,7 +77,8 @@ def _parts(split: str, listing: Listing) -> Iterator[Part]:
         videos = listing.videos[start : start + VIDEOS_PER_PART]
         content = [(v.id, v.expressions, [_stamp(file) for file in (*v.frames, *v.mask_files)]) for v in videos]
         key = hashlib.sha256(repr(content).encode()).hexdigest()
-        yield Part(split, key, len(videos), partial(_build, videos, listing.fps, listing.truth))
+        build = partial(_build, videos, listing.fps, listing.truth, split == TRAIN)
+        yield Part(split, key, len(videos), build)
 
 
 def _stamp(file: Path) -> tuple[str, int, int] | tuple[str]:
@@ -88,9 +90,9 @@ def _stamp(file: Path) -> tuple[str, int, int] | tuple[str]:
     return str(file), stat.st_size, stat.st_mtime_ns
 
 
-def _build(videos: list[ListedVideo], fps: float, truth: bool) -> Iterator[Built]:
+def _build(videos: list[ListedVideo], fps: float, truth: bool, training: bool) -> Iterator[Built]:
     for video in videos:
-        yield build_record(video, fps, truth)
+        yield build_record(video, fps, truth, training)
 
 
 def summary_text(prepared: dict[str, Any], out: str | Path) -> str:

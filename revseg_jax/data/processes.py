@@ -33,6 +33,11 @@ class WorkerContext(SpawnContext):
     Process = WorkerProcess
 
 
+def cores() -> int:
+    """Those that this process may use, of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_pool(workers: int) -> ProcessPoolExecutor:
     """Its processes end when this one is killed, which the standard pool does not see to: left alone they would go on
     writing beside the next start. They all start here, where no Ctrl-C can come between a process and its pool."""

@@ -23,10 +23,15 @@ class ClipSource:
     """
 
     def __init__(
-        self, folders: Sequence[str | Path], split: str, weights: Sequence[float] = (), with_dropped: bool = False
+        self,
+        folders: Sequence[str | Path],
+        split: str,
+        weights: Sequence[float] = (),
+        with_dropped: bool = False,
+        with_truth: bool = False,
     ) -> None:
         """weights: of each folder in a mixture, any positive numbers; none: every pair alike. with_dropped: also the
-        videos that `revseg filter` dropped. Raises InputError."""
+        videos that `revseg filter` dropped. with_truth: the split must have masks. Raises InputError."""
         if not folders:
             raise InputError("no dataset folders given")
         if weights and (len(weights) != len(folders) or min(weights) <= 0):
@@ -43,6 +48,8 @@ class ClipSource:
             if split not in prepared["expressions"]:
                 there = ", ".join(prepared["expressions"])
                 raise InputError(f"{folder} has no split {split!r}, only {there}")
+            if with_truth and not prepared["truth"][split]:
+                raise InputError(f"{folder}: the truth of the split {split!r} is not public: choose one that has masks")
             dropped = set() if with_dropped else read_dropped(folder, split)
             kept = [(n, item) for n, item in enumerate(prepared["expressions"][split]) if item[0] not in dropped]
             videos += [(number, record) for record, _ in kept]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from revseg_jax.data.container import declared_size
 from revseg_jax.data.frames import upright
+from revseg_jax.data.natural_order import natural
 from revseg_jax.errors import InputError, RunFailure
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -184,14 +184,10 @@ def _cut_off(path: Path) -> bool:
 
 def _list_images(folder: Path) -> tuple[Path, ...]:
     """In the order a person would number them: 2.png before 10.png."""
-
-    def natural(path: Path) -> list:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
     files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
     if not files:
         raise InputError(f"video folder {folder} holds no JPEG or PNG images")
-    return tuple(sorted(files, key=natural))
+    return tuple(sorted(files, key=lambda path: natural(path.name)))
 
 
 def _images(paths: Iterable[Path]) -> Iterator[Image.Image]:

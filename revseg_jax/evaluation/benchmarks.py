@@ -60,6 +60,13 @@ def get_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
+def left_out(data: Path, split: str) -> str:
+    """What `revseg prepare` could not use of a split, in words; none when all of it is there."""
+    summary = read_prepared(data)["summary"][split]
+    problems, videos = sum(summary["problems"].values()), summary["skipped_videos"]
+    return f"prepare left out what {problems} problems concern, {videos} whole videos among it" if problems else ""
+
+
 def find_data(folders: list[str], names: list[str]) -> dict[str, Path]:
     """The prepared folder of each benchmark asked for, in the papers' order whatever the order of `names`; "all" stands
     for every one whose data is there.

@@ -35,10 +35,11 @@ class Evaluation:
     """Means over the examples.
 
     Attributes:
-      j, f, jf: 0-100, over all frames of a clip, then over examples; a failed chain counts as empty masks
+      j, f, jf: 0-100, over all frames of a clip, then over the examples whose target is visible in any of them: where
+        there is none, failing would earn 100. A failed chain counts as empty masks
       format, temporal, spatial, mask: the reward terms, 0-1; turns: how many took place, 1-2
       best_constant_keyframe, random_visible_keyframe: what choosing a keyframe blindly would earn as temporal reward
-      by_kind: J&F of each kind of query
+      by_kind: J&F of each kind of query, those about what is not there included
     """
 
     clips: int
@@ -56,9 +57,11 @@ class Evaluation:
 
 
 class Scored(NamedTuple):
-    """One example: its query's kind, J and F (0-1), what its chain earned, the target's areas in the sampled frames."""
+    """One example: its query's kind, whether its target is visible in any frame, J and F (0-1), what its chain earned,
+    the target's areas in the sampled frames."""
 
     kind: str
+    visible: bool
     j: float
     f: float
     reward: RolloutReward
@@ -152,22 +155,24 @@ def _score(
     if thumbnails:
         shapes = np.zeros_like(truth) if masks is None else masks
         trace["thumbs"] = _thumbnails(clip, shapes, truth, rollout, shown, thumbnails)
-    return Scored(str(batch.kind[b]), float(j.mean()), float(f.mean()), reward, areas, trace)
+    return Scored(str(batch.kind[b]), bool(truth.any()), float(j.mean()), float(f.mean()), reward, areas, trace)
 
 
 def _summary(scored: list[Scored]) -> Evaluation:
     kinds = np.array([one.kind for one in scored])
     j, f = np.array([one.j for one in scored]) * 100, np.array([one.f for one in scored]) * 100
     jf, areas = (j + f) / 2, [one.areas for one in scored]
+    visible = np.array([one.visible for one in scored])
+    visible |= not visible.any()
 
     def mean(name: str) -> float:
         return float(np.mean([getattr(one.reward, name) for one in scored]))
 
     return Evaluation(
         clips=len(scored),
-        j=float(j.mean()),
-        f=float(f.mean()),
-        jf=float(jf.mean()),
+        j=float(j[visible].mean()),
+        f=float(f[visible].mean()),
+        jf=float(jf[visible].mean()),
         **{name: mean(name) for name in ("format", "temporal", "spatial", "mask", "turns")},
         best_constant_keyframe=float(best_constant_keyframe(areas)[0]),
         random_visible_keyframe=float(random_visible_keyframe(areas)),

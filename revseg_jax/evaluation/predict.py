@@ -38,7 +38,8 @@ def predict(
     """Writes `folder`/predictions and `folder`/chains.jsonl; returns how many chains failed of which cause.
 
     A failed chain gets all-zero masks. What a stopped run left is kept. Where the truth is public, the progress bar
-    shows the mean J&F of the expressions so far; the benchmark's own numbers are made from the files, later.
+    shows the mean J&F of the expressions so far whose target is anywhere visible; the benchmark's own numbers are made
+    from the files, later.
     """
     source = ClipSource([data], benchmark.split)
     truth = read_prepared(data)["truth"][benchmark.split]
@@ -73,17 +74,17 @@ def predict(
                 log.flush()
                 records[clip.video_id, clip.expression_id] = record
                 bar.update()
-                if truth:
-                    bar.set_postfix({"J&F": f"{100 * np.mean([record['jf'] for record in records.values()]):.1f}"})
+                if known := [record["jf"] for record in records.values() if record["jf"] is not None]:
+                    bar.set_postfix({"J&F": f"{100 * np.mean(known):.1f}"})
     return Counter(record["failure"] for record in records.values() if record["failure"])
 
 
 def _track_and_write(client: TrackerClient, root: Path, truth: bool, what: tuple[Clip, Prompt | None]) -> float | None:
-    """The J&F of the written masks; None without truth."""
+    """The J&F of the written masks; None without truth, or without anything to find."""
     clip, prompt = what
     masks = track(client, clip, prompt)
     write_prediction(prediction_folder(root, clip.video_id, clip.expression_id), clip.frame_names, masks)
-    if not truth:
+    if not truth or not any(clip.masks):
         return None
     target = np.stack([decode_mask(rle, clip.height, clip.width) for rle in clip.masks])
     return float((region_similarity(masks, target).mean() + contour_accuracy(masks, target).mean()) / 2)

@@ -18,7 +18,8 @@ INNER = ("Annotations", "predictions")  # folders that may stand between a root 
 
 
 def prediction_folder(root: Path, video: str, expression: str) -> Path:
-    return root / video / expression
+    """An expression whose id holds a slash names its folder by itself, without its video's."""
+    return root / expression if "/" in expression else root / video / expression
 
 
 def write_prediction(folder: Path, frame_names: Sequence[str], masks: np.ndarray) -> None:
@@ -39,7 +40,7 @@ def write_prediction(folder: Path, frame_names: Sequence[str], masks: np.ndarray
 
 def clear_partial(root: Path) -> None:
     """Takes away what killed processes were writing; no other may be at it."""
-    for partial in root.glob("*/.*.partial"):
+    for partial in root.rglob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -78,12 +79,13 @@ def read_mask(path: Path, height: int, width: int) -> tuple[np.ndarray, str]:
     return pixels, mode
 
 
-def predictions_root(folder: Path, videos: Sequence[str]) -> Path:
-    """The folder in which the videos lie: the given one, or the one inside it that servers want. Raises InputError
-    when none of the videos is there."""
+def predictions_root(folder: Path, ids: Sequence[tuple[str, str]]) -> Path:
+    """The folder in which the predictions lie: the given one, or the one inside it that servers want. ids: videos and
+    expressions. Raises InputError when none of the videos is there."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     for root in (folder, *(folder / name for name in INNER)):
-        if any((root / video).is_dir() for video in videos):
+        if any(prediction_folder(root, *pair).parent.is_dir() for pair in ids):
             return root
-    raise InputError(f"{folder} has no folder of any of the {len(videos)} videos, such as {videos[0]}/<expression>")
+    videos, example = len({video for video, _ in ids}), prediction_folder(Path(), *ids[0])
+    raise InputError(f"{folder} has no folder of any of the {videos} videos, such as {example}")

@@ -1,9 +1,10 @@
-"""How each benchmark makes its numbers of the scores of its videos. Percentages; a missing prediction counts 0."""
+"""How each benchmark makes its numbers of the scores of its videos. Percentages; a missing prediction counts 0, but for
+Ref-DAVIS17 (a), which takes it for empty masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,8 +26,10 @@ class Row:
     others: dict[str, float]
 
 
-def rows_of(benchmark: Benchmark, videos: Sequence[VideoScores]) -> list[Row]:
-    return PROTOCOLS[benchmark.protocol](benchmark.title, videos)
+def rows_of(benchmark: Benchmark, videos: Sequence[VideoScores], left_out: str = "") -> list[Row]:
+    """left_out: what is missing of the split, in words."""
+    rows = PROTOCOLS[benchmark.protocol](benchmark.title, videos)
+    return [replace(row, protocol=f"{row.protocol}; {left_out}") for row in rows] if left_out else rows
 
 
 def _row(title: str, scores: Sequence[ExpressionScore], protocol: str, **others: float) -> Row:
@@ -60,6 +63,7 @@ def davis(title: str, videos: Sequence[VideoScores]) -> list[Row]:
     j, f = 100 * np.concatenate([video.annotators for video in videos], axis=1).mean((0, 1))
     missing = sum(score.missing for score in scores)
     merged = "an annotator's objects merged, Hungarian matching, void left out; mean over objects, then 4 annotators"
+    merged += "; a missing prediction counts as empty masks" if missing else ""
     return [
         Row(f"{title} (a)", float(j), float(f), float(j + f) / 2, merged, len(scores), missing, {}),
         _row(f"{title} (b)", scores, f"each expression by itself; {MEAN}"),

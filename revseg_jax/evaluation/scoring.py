@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from revseg_jax.data.clip import decode_mask
 from revseg_jax.data.prepared import read_prepared
-from revseg_jax.data.processes import process_pool
+from revseg_jax.data.processes import cores, process_pool
 from revseg_jax.data.records import FOREGROUND, VOID, VideoTruth
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError
@@ -60,9 +59,9 @@ def score_benchmark(
     if not read_prepared(data)["truth"][benchmark.split]:
         raise InputError(f"the truth of {benchmark.title} is not public: its server scores the zip of --submission")
     source = ClipSource([data], benchmark.split)
-    root = predictions_root(predictions, [video for video, _ in source.ids()])
+    root = predictions_root(predictions, source.ids())
     one = partial(_score_number, str(data), benchmark, root)
-    workers = min(workers or os.cpu_count() or 1, source.videos)
+    workers = min(workers or cores(), source.videos)
     found: list[VideoScores] = []
     with tqdm(total=source.videos, desc=f"score {benchmark.name}", unit="video", disable=not progress or None) as bar:
         jf: list[float] = []
@@ -94,8 +93,8 @@ def _score_number(data: str, benchmark: Benchmark, root: Path, number: int) -> V
 
 
 def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoScores:
-    """The scores of one video's predictions. One of them is in memory at a time, and the objects it is scored against,
-    but for Ref-DAVIS17, which merges them."""
+    """The scores of one video's predictions. One of them is in memory at a time, and one object that it is scored
+    against, but for Ref-DAVIS17, which merges them."""
     size = truth.height, truth.width
 
     def decoded(name: str) -> np.ndarray:
@@ -107,10 +106,10 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
     scores, predicted = [], []
     for expression in truth.expressions[: 1 if benchmark.first_expression else None]:
         mask = read_prediction(prediction_folder(root, truth.video_id, expression.id), truth.frame_names, *size)
-        wanted = np.zeros((len(truth.frame_names), *size), bool)
-        objects = [decoded(order[position]) for position in expression.objects]
-        for of_object in objects:
-            wanted |= of_object
+        covered = np.zeros((len(truth.frame_names), *size), np.uint8)  # by how many of its objects
+        for position in expression.objects:
+            covered += decoded(order[position])
+        wanted = covered > 0
         names = truth.video_id, expression.id, expression.kind
         if benchmark.protocol == "images" and void is not None:
             wanted &= ~void
@@ -122,7 +121,7 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
             continue
         robust = (0.0, 0.0)
         if foreground is not None:
-            robust = _robustness(mask, objects, foreground)
+            robust = _robustness(mask, covered, foreground)
         scores.append(
             ExpressionScore(
                 *names,
@@ -141,16 +140,13 @@ def score_video(truth: VideoTruth, benchmark: Benchmark, root: Path) -> VideoSco
     return VideoScores(scores, annotators)
 
 
-def _robustness(mask: np.ndarray, objects: Sequence[np.ndarray], foreground: np.ndarray) -> tuple[float, float]:
+def _robustness(mask: np.ndarray, covered: np.ndarray, foreground: np.ndarray) -> tuple[float, float]:
     """Two readings of ReVOS's R, the mean over frames of max(0, 1 - wrong pixels / pixels of any object).
 
     First with a wrong pixel as one pixel. Then as VISA's tools/eval_revos.py computes it from images of 0 and 255, such
     as VISA writes: it sums bytes, (1 - objects that cover the pixel) * 255, so that a wrong pixel counts 255, and one
     that k > 1 of the expression's objects cover, which is right, k - 1.
     """
-    covered = np.zeros(mask.shape, np.uint8)
-    for of_object in objects:
-        covered += of_object
     predicted = [of_frame[shown] for of_frame, shown in zip(covered, mask, strict=True)]
     wrong = np.array([np.count_nonzero(values == 0) for values in predicted])
     again = np.array([np.sum(values[values > 1] - 1) for values in predicted])

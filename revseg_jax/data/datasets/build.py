@@ -14,10 +14,13 @@ from revseg_jax.data.records import VideoExpression, make_record
 from revseg_jax.errors import InputError
 
 
-def build_record(video: ListedVideo, fps: float, truth: bool) -> tuple[dict | None, list[Problem]]:
+def build_record(
+    video: ListedVideo, fps: float, truth: bool, training: bool = False
+) -> tuple[dict | None, list[Problem]]:
     """The record of a video with the expressions that are usable, or None when there are none of them.
 
     A frame that is missing or unreadable makes a video unusable, a bad mask the expressions that name its object.
+    training: targets that are visible in no frame teach nothing, and mostly stand for a wrong id; benchmarks count them
     """
     try:
         frames, (height, width) = _frames(video)
@@ -45,6 +48,8 @@ def build_record(video: ListedVideo, fps: float, truth: bool) -> tuple[dict | No
             problem("expression of a bad mask", f"object {', '.join(bad)} cannot be used")
         elif truth and not expression.objects and not expression.may_be_absent:
             problem("expression without objects", "it names no object")
+        elif training and expression.objects and not any(any(objects[name]) for name in expression.objects):
+            problem("target never visible", f"object {', '.join(expression.objects)} is in no frame's mask")
         else:
             named = tuple(positions[name] for name in expression.objects)
             expressions.append(VideoExpression(expression.id, query, expression.kind, named))

@@ -84,11 +84,6 @@ def read_json(path: Path) -> Any:
     raise InputError(f"{path} is neither UTF-8 nor cp1252 text")
 
 
-def natural(name: str) -> tuple[int, int, str]:
-    """Sorting key: numbers by their value ("2" before "10"), then other names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
 def as_list(value: Any) -> list:
     """Ids stand as a list, a number or a text, depending on the dataset and the split."""
     if value is None:

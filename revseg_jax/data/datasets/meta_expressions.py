@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from revseg_jax.data.datasets.listing import ListedExpression, ListedVideo, as_list, natural, no_masks, read_json
+from revseg_jax.data.datasets.listing import ListedExpression, ListedVideo, as_list, no_masks, read_json
 from revseg_jax.data.datasets.masks import run_length_masks
+from revseg_jax.data.natural_order import natural
 from revseg_jax.errors import InputError
 
 

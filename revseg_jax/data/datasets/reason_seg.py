@@ -19,10 +19,10 @@ from revseg_jax.data.datasets.listing import (
     Listing,
     Problem,
     as_list,
-    natural,
     read_json,
 )
 from revseg_jax.data.datasets.masks import polygon_masks
+from revseg_jax.data.natural_order import natural
 from revseg_jax.data.records import VOID
 from revseg_jax.errors import InputError
 
