@@ -20,7 +20,7 @@ from revseg_jax.config import load_config
 ROOT = Path(__file__).parents[1] / "tpu_scripts"
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.sh") if path.name != "common.sh")
 NEEDED = {"secrets.sh": ["host"], "install.sh": ["/opt/revseg", "tpu"], "preemptible.sh": ["true"]}
-TOOLS = ("gcloud", "kubectl", "docker", "xpk", "sbatch", "srun", "scontrol", "sudo", "systemctl", "revseg")
+TOOLS = ("gcloud", "kubectl", "docker", "xpk", "sbatch", "srun", "scancel", "scontrol", "sudo", "systemctl", "revseg")
 RUNNING = "training: ActiveState=active SubState=running ExecMainStatus=0"
 FINISHED = "training: ActiveState=active SubState=exited ExecMainStatus=0"
 FAILED = "training: ExecMainStatus=1 ActiveState=failed SubState=failed"
@@ -479,8 +479,25 @@ def test_a_slurm_job_starts_sidecars_and_tells_the_trainers(scripts):
     handshake(scripts.secrets, "n2")
 
 
+# As Slurm's own: SIGTERM makes it kill its tasks, whatever these would do; they are told by scancel.
+SRUN = """#!/usr/bin/env bash
+[[ $1 == --overlap ]] && exec sleep 1000
+trainer & task=$!
+echo $task >"$HOME/task"
+trap 'kill -KILL $task; exit 143' TERM
+wait $task
+exit $?
+"""
+SCANCEL = """#!/usr/bin/env bash
+[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat "$HOME/task")"
+"""
+
+
 def test_a_slurm_job_that_was_told_to_end_is_queued_again(scripts):
-    scripts.standins.script("srun", SAVES_ON_SIGTERM)
+    saved = scripts.folder / "saved"
+    scripts.standins.script("trainer", SAVES_ON_SIGTERM.replace("exit 0", f"echo >>{shlex.quote(str(saved))}; exit 0"))
+    scripts.standins.script("srun", SRUN)
+    scripts.standins.script("scancel", SCANCEL)
     scripts.standins.reply((HOSTS, ["n1"]))
     for restarts, code in (("3", 75), ("20", 1)):
         process = scripts.start("gpu/slurm_job.sh", SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts)
@@ -490,3 +507,12 @@ def test_a_slurm_job_that_was_told_to_end_is_queued_again(scripts):
         assert process.returncode == code
     requeued = [call for call in scripts.standins.calls() if call[:2] == ["scontrol", "requeue"]]
     assert requeued == [["scontrol", "requeue", "7"]]
+    assert saved.read_text() == "\n\n"  # both times
+
+
+def test_trainers_of_a_slurm_job_get_the_cores_that_were_asked_for(scripts):
+    """srun does not take them from sbatch."""
+    scripts.changed = {"SLURM_SIDECAR_CHECKPOINT": ""}
+    scripts.standins.script("srun", '#!/bin/sh\necho "cores $SRUN_CPUS_PER_TASK"\n')
+    for environment, words in (({"SLURM_CPUS_PER_TASK": "12"}, "cores 12\n"), ({}, "cores \n")):
+        assert scripts.run("gpu/slurm_job.sh", SLURM_JOB_ID="7", **environment)[:2] == (0, words)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -347,6 +351,40 @@ def test_a_sidecar_that_is_not_there(tmp_path):
         TrackerClient(["localhost"])
     with pytest.raises(InputError, match="host:port"):
         TrackerClient([])
+
+
+@pytest.fixture
+def far(endpoint):
+    """An address from which the sidecar's first word takes longer than a second; and how often one has connected."""
+    host, _, port = endpoint.rpartition(":")
+    listening, connected = socket.create_server(("127.0.0.1", 0)), []
+
+    def pump(source: socket.socket, target: socket.socket, wait: float) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                time.sleep(wait)
+                wait = 0
+                target.sendall(data)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, there = listening.accept()[0], socket.create_connection((host, int(port)))
+                connected.append((near, there))
+                threading.Thread(target=pump, args=(near, there, 0), daemon=True).start()
+                threading.Thread(target=pump, args=(there, near, 1.2), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"127.0.0.1:{listening.getsockname()[1]}", connected
+    for one in (listening, *(side for pair in connected for side in pair)):
+        one.close()
+
+
+def test_a_sidecar_far_away_is_reached_by_one_connection(far):
+    address, connected = far
+    with TrackerClient([address]) as client:
+        assert client.info().max_calls > 0
+    assert len(connected) == 1
 
 
 def test_a_dead_sidecar_is_left_out(endpoint):

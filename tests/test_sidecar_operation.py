@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import ssl
+import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, metrics, moving_shapes, start_sidecar
+from tracker_setup import BOX, HEIGHT, WIDTH, jpegs, metrics, moving_shapes, start_sidecar, until
 
 from revseg_jax import cli
 from revseg_jax.config import RewardsConfig
 from revseg_jax.errors import InputError
 from revseg_jax.rewards.scoring import request_rewards
-from revseg_jax.tracker import SidecarAway, TrackerClient, wire
+from revseg_jax.tracker import SidecarAway, TrackerClient, monitoring, wire
 from revseg_jax.tracker.clips import Limits
 from revseg_jax.tracker.process import run_sidecar
+from revseg_jax.tracker.security import ServerTLS
 
 pytest_plugins = ["tracker_fixtures"]
 
@@ -124,6 +129,31 @@ def test_logs_and_metrics(checkpoint, config, tmp_path):
     assert [line["event"] for line in lines[-2:]] == ["draining", "stopped"] and lines[-1]["finished"] is True
 
 
+@pytest.fixture
+def silent_connections():
+    opened = []
+
+    def connect(port: int) -> None:
+        opened.append(socket.create_connection(("127.0.0.1", port)))
+
+    yield connect
+    for one in opened:
+        one.close()
+
+
+def test_a_connection_that_says_nothing_keeps_no_metrics_back(certificates, silent_connections, monkeypatch):
+    """Its handshake would never end."""
+    monkeypatch.setattr(monitoring, "REQUEST_SECONDS", 0.2)
+    tls = ServerTLS(certificates / "server.pem", certificates / "server.key")
+    port, _ = monitoring.serve_metrics("127.0.0.1", 0, tls, {"calls": ("under way", lambda: 3)})
+    context = ssl.create_default_context(cafile=certificates / "ca.pem")
+    silent_connections(port)
+    with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=context, timeout=60) as answer:
+        assert b"revseg_sidecar_calls 3.0" in answer.read()
+    threads = [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+    until(lambda: not any(thread.is_alive() for thread in threads))  # it has been given up
+
+
 # --- files to run it with
 
 
@@ -146,6 +176,7 @@ def test_service_files_say_what_the_command_understands():
     assert [o.check for o in options] == [False, False, True, True, True, False]
     for served in (options[0], options[1], options[5]):
         assert served.host == "0.0.0.0" and served.tls_certificate and served.tls_key and served.token_file
+    assert "${CREDENTIALS_DIRECTORY}/token" in options[0].token_file  # systemd 249 of Ubuntu 22.04 does not know %d
     assert {port["port"] for port in service["ports"]} == {options[1].port, options[1].metrics_port}
     assert service["selector"] == stateful["template"]["metadata"]["labels"] == stateful["selector"]["matchLabels"]
     mounted = [mount["mountPath"] for mount in container["volumeMounts"]]

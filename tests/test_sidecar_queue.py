@@ -45,21 +45,26 @@ pytest_plugins = ["tracker_fixtures"]
 def test_turns_are_taken_in_order_of_arrival():
     turns, order = Turns(), []
     calls = [turns.arrive() for _ in range(4)]
-    calls[1]._had = TURNS_BEFORE_OTHERS  # it had many turns already
+    for _ in range(TURNS_BEFORE_OTHERS):
+        with calls[1].turn():
+            pass
 
     def take(n: int) -> None:
         with calls[n].turn():
             order.append(n)
 
+    threads = []
     with turns.arrive().turn():
-        threads = [threading.Thread(target=take, args=(n,)) for n in (3, 1, 2, 0)]
-        for n, thread in enumerate(threads, start=1):
-            thread.start()
-            until(lambda n=n: len(turns) == n)
+        for n in (3, 1, 2, 0, 4):
+            if n == 4:  # the call that had many turns arrives anew with its next: before what comes from now on
+                calls.append(turns.arrive())
+            threads.append(threading.Thread(target=take, args=(n,)))
+            threads[-1].start()
+            until(lambda: len(turns) == len(threads))
         assert not order
     for thread in threads:
         thread.join(300)
-    assert order == [0, 2, 3, 1] and len(turns) == 0
+    assert order == [0, 2, 3, 1, 4] and len(turns) == 0
 
 
 def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
@@ -84,6 +89,22 @@ def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
             assert second.info().max_calls == 1  # other answers cost no turn
         assert first.result(300).j == alone.j
         assert asked[0].result(300).j.shape == (1,)
+
+
+def test_a_full_sidecar_is_left_for_one_that_has_room(serving):
+    (full, port), (idle, other_port) = serving(Limits(max_calls=1)), serving()
+    clips, truth = [moving_shapes(1, seed=seed) for seed in range(4)], np.ones((1, HEIGHT, WIDTH), bool)
+    address = f"127.0.0.1:{port}"
+    with TrackerClient([address]) as first, TrackerClient([address, f"127.0.0.1:{other_port}"]) as client:
+        first.info()
+        client.info()
+        with full.engine.turns.arrive().turn():  # for as long as we want
+            busy = first.score_async(clips[0], [(0, BOX)], truth)
+            until(lambda: full.calls == 1)
+            for clip in clips[1:]:  # some of which would go to the full one
+                assert client.score(clip, [(0, BOX)], truth).j.shape == (1,)
+            assert idle.engine.misses == 3 and full.calls == 1
+        busy.result(300)
 
 
 def calls(log: Path) -> list[dict]:

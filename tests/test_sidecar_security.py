@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
-import subprocess
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -26,28 +23,6 @@ from revseg_jax.tracker.wire import encode_masks, truth_hash
 pytest_plugins = ["tracker_fixtures"]
 
 TOKEN = "correct-horse-battery-staple"
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory) -> Path:
-    """ca.pem signed server.pem (localhost, 127.0.0.1) and client.pem; other.pem is an authority of its own."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make certificates")
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    for name in ("ca", "other"):
-        made = ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN=test {name}", "-days", "2"]
-        openssl("req", "-x509", *new_key, *made)
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    for name in ("server", "client"):
-        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        sign = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names"]
-        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *sign)
-    return folder
 
 
 def track(port: int, **options) -> np.ndarray:
@@ -212,7 +187,7 @@ def test_truths_are_not_unpacked_to_be_checked(serving, monkeypatch):
 
 
 def test_truths_count_against_the_limits(serving):
-    clip, limits = moving_shapes(3), Limits(max_truths=2, all_truth_bytes=1500)
+    clip, limits = moving_shapes(3), Limits(max_truths=2, all_truth_bytes=2700)
     service, port = serving(limits)
     with TrackerClient([f"127.0.0.1:{port}"]) as client:
         truths = [np.random.default_rng(seed).random((3, HEIGHT, WIDTH)) < 0.01 for seed in range(4)]
@@ -220,7 +195,7 @@ def test_truths_count_against_the_limits(serving):
         assert client.score(clip, [(0, BOX)], truths[0], contour=False).j == scores[0]  # evicted, so sent again
         held = next(iter(service.store._clips.values()))
         assert len(held.truths) == 2
-        assert held.truth_bytes == sum(len(counts) for truth in held.truths.values() for counts in truth) > 1500
+        assert held.truth_bytes == sum(len(counts) for truth in held.truths.values() for counts in truth) > 2200
         client.score(clip[:1], [(0, BOX)], truths[0][:1], contour=False)
         assert [clip.frames for clip in service.store._clips.values()] == [1]  # too many bytes of truth together
 

@@ -4,12 +4,15 @@
 # trainer that saved and ended in good order has not finished its run, and who started it must know to start it again.
 set -uo pipefail
 
+# Who sources this may have another way to tell the command.
+pass_on() { kill -TERM "$1" 2>/dev/null; }
+
 preemptible() {
     local child='' code stopped='' early=''
-    trap 'stopped=yes; if [[ $child ]]; then kill -TERM "$child" 2>/dev/null; else early=yes; fi' TERM INT
+    trap 'stopped=yes; if [[ $child ]]; then pass_on "$child"; else early=yes; fi' TERM INT
     "$@" &
     child=$!
-    [[ $early ]] && kill -TERM "$child" 2>/dev/null # the signal came before the child was known
+    [[ $early ]] && pass_on "$child" # the signal came before the child was known
     wait "$child"
     code=$?
     while [[ $stopped ]] && kill -0 "$child" 2>/dev/null; do wait "$child"; done

@@ -6,7 +6,8 @@ import io
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,10 @@ class Limits:
     clip_bytes: int = 8 << 30  # of all clips together
     truth_bytes: int = 64 << 20  # of one truth
     all_truth_bytes: int = 1 << 30  # of all truths together, in memory
+
+
+class Full(Exception):
+    """As many calls, or as much of their clips, as this sidecar takes is under way."""
 
 
 class ClipNotHeld(LookupError):
@@ -102,14 +107,24 @@ class Clip:
         with self.lock:
             self.truth_bytes += sum(map(len, counts)) if truth_id not in self.truths else 0
             self.truths[truth_id] = tuple(counts)
-            while len(self.truths) > limits.max_truths:
+            while len(self.truths) > limits.max_truths or self.truth_bytes > limits.all_truth_bytes:
                 self.truth_bytes -= sum(map(len, self.truths.pop(next(iter(self.truths)))))
 
 
 class ClipWriter:
     """Collects the frames of a clip that is being put, piece by piece, and checks them as they come."""
 
-    def __init__(self, height: int, width: int, encoding: int, frame_height: int, frame_width: int, limits: Limits):
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        encoding: int,
+        frame_height: int,
+        frame_width: int,
+        limits: Limits,
+        take: Callable[[int], None] = lambda size: None,
+    ):
+        """take: is told of bytes before they are written (`ClipStore.room`)."""
         if encoding not in (JPEG, RGB):
             raise InputError(f"encoding: {encoding} is neither JPEG nor RGB")
         if encoding == JPEG and (frame_height or frame_width):
@@ -119,7 +134,7 @@ class ClipWriter:
                 if h < 1 or w < 1 or h * w > limits.max_pixels:
                     raise InputError(f"{name}: {h} x {w} is not between 1 and {limits.max_pixels} pixels")
         self.sizes = (height, width, encoding, frame_height, frame_width)
-        self.limits = limits
+        self.limits, self.take = limits, take
         self.hash = ClipHash(*self.sizes)
         self.offsets = [0]
         self.content = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
@@ -142,11 +157,12 @@ class ClipWriter:
             return
         frame, self.pieces = bytes(self.pieces), bytearray()
         self._check(frame)
+        if self.offsets[-1] + len(frame) > self.limits.clip_bytes:
+            raise InputError(f"clip: more than {self.limits.clip_bytes} bytes")
+        self.take(len(frame))
         self.hash.add(frame)
         self.content.write(frame)
         self.offsets.append(self.offsets[-1] + len(frame))
-        if self.offsets[-1] > self.limits.clip_bytes:
-            raise InputError(f"clip: more than {self.limits.clip_bytes} bytes")
 
     def close(self, clip_id: str) -> Clip:
         """The clip, if its frames have the hash `clip_id` (when given)."""
@@ -175,11 +191,12 @@ class ClipWriter:
 
 
 class ClipStore:
-    """Clips by id, bounded in number and in bytes."""
+    """Clips by id, bounded in number and in bytes, those that are being put included."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
         self._clips: OrderedDict[str, Clip] = OrderedDict()
+        self._coming = 0  # bytes of clips that are being put
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -192,6 +209,26 @@ class ClipStore:
                 raise ClipNotHeld(f"clip {clip_id} is not held")
             self._clips.move_to_end(clip_id)
             return self._clips[clip_id]
+
+    @contextmanager
+    def room(self) -> Iterator[Callable[[int], None]]:
+        """For a clip that is being put: what is given takes bytes of it as they come, for which held clips go. It
+        raises Full when those of all such clips together would be more than the limit."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            with self._lock:
+                if self._coming + size > self.limits.clip_bytes:
+                    raise Full
+                self._coming, taken = self._coming + size, taken + size
+                self._evict()
+
+        try:
+            yield take
+        finally:
+            with self._lock:
+                self._coming -= taken
 
     def put(self, clip: Clip) -> Clip:
         """Keeps the clip (or the equal one held already) and evicts others until the limits hold."""
@@ -208,13 +245,13 @@ class ClipStore:
             self._evict()
 
     def _evict(self) -> None:
-        while len(self._clips) > 1 and self._over():
+        while self._over():  # never of one clip alone, whose bytes and truths are bounded by themselves
             self._clips.popitem(last=False)  # its file goes when the last call that uses it ends
 
     def _over(self) -> bool:
         held, limits = self._clips.values(), self.limits
         return (
             len(held) > limits.max_clips
-            or sum(clip.bytes for clip in held) > limits.clip_bytes
+            or sum(clip.bytes for clip in held) + self._coming > limits.clip_bytes
             or sum(clip.truth_bytes for clip in held) > limits.all_truth_bytes
         )

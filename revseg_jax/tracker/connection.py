@@ -34,7 +34,7 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # the environment's proxy is for the web
     ("grpc.max_receive_message_length", REPLY_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # what a connection may take, handshakes and a far network included
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.keepalive_time_ms", 20_000),  # notices a host that vanished during a call without a deadline
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -123,6 +123,7 @@ class Connections:
         """
         began, pause, evictions, elsewhere = time.monotonic(), FIRST_PAUSE_SECONDS, 0, len(self.endpoints) > 1
         failed: set[Endpoint] = set()  # since all were tried last
+        full: set[Endpoint] = set()  # have been so at this call
         while True:
             endpoint = self._choose(upload.header.clip_id if upload else "", failed)
             try:
@@ -152,6 +153,11 @@ class Connections:
             else:  # it is there, but full: the hint says when to come back, and not all clients together
                 endpoint.answered = True
                 wait = hint * random.uniform(0.5, 1.5)
+                if endpoint in full:  # the clip's own one, which may hold its features, is asked twice
+                    now = time.monotonic()
+                    endpoint.left_out_until = now + wait
+                    wait = max(0.0, min(other.left_out_until for other in self.endpoints) - now)
+                full.add(endpoint)
             known = any(other.answered for other in self.endpoints)
             patience = self.patience_seconds if known else min(FIRST_CONTACT_SECONDS, self.patience_seconds)
             if time.monotonic() - began + wait > patience:

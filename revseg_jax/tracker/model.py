@@ -43,22 +43,21 @@ def build_tracker(
     config: str | Path = "embedded",
     checkpoint: str | Path | None = "embedded",
     device: str | torch.device = "cpu",
-    apply_postprocessing: bool = False,
 ) -> SAM2VideoPredictor:
-    """A SAM2 video predictor in eval mode on `device`.
+    """A SAM2 video predictor in eval mode on `device`, as SAM2 itself is evaluated: without the post-processing that
+    `sam2.build_sam.build_sam2_video_predictor` adds by default and SAM2's tools/vos_inference.py leaves out. One's own
+    config may ask for its parts, but for filled holes, which need a compiled extension.
 
     config: "embedded", the name of a published config (sam2_hiera_{t,s,b+,l}, sam2.1_hiera_{t,s,b+,l}) or a YAML file.
         Left at "embedded" with a checkpoint of one's own, the config is found from the checkpoint: the YAML file of the
         same name beside it, or the published config if the file has a published checkpoint's name.
     checkpoint: "embedded", a .safetensors file, a .pt file as published (a dict with the entry "model"), or None for
         random weights. Every tensor must be there and none may be left over.
-    apply_postprocessing: as in `sam2.build_sam.build_sam2_video_predictor` (multimask fallback for unstable masks,
-        binarized keyframe masks in memory, small holes filled); it lowers the embedded tracker's J.
 
     Raises InputError in one line if the config or the checkpoint is missing, unreadable or does not fit.
     """
     path = _config_path(config, checkpoint)
-    predictor = _instantiate(path, apply_postprocessing)
+    predictor = _instantiate(path)
     if checkpoint is not None:
         file = EMBEDDED / "tracker.safetensors" if checkpoint == "embedded" else Path(checkpoint)
         _load_strictly(predictor, _read_tensors(file), file, path)
@@ -94,7 +93,7 @@ def _config_path(config: str | Path, checkpoint: str | Path | None) -> Path:
     return path
 
 
-def _instantiate(path: Path, apply_postprocessing: bool) -> SAM2VideoPredictor:
+def _instantiate(path: Path) -> SAM2VideoPredictor:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -104,14 +103,6 @@ def _instantiate(path: Path, apply_postprocessing: bool) -> SAM2VideoPredictor:
         raise InputError(f"tracker config {path} has no section `model`; it must be a SAM2 config")
     _allow_only_sam2(model, path)
     model["_target_"] = "sam2.sam2_video_predictor.SAM2VideoPredictor"
-    if apply_postprocessing:
-        model["binarize_mask_from_pts_for_mem_enc"] = True
-        model["fill_hole_area"] = 8
-        model["sam_mask_decoder_extra_args"] = {
-            "dynamic_multimask_via_stability": True,
-            "dynamic_multimask_stability_delta": 0.05,
-            "dynamic_multimask_stability_thresh": 0.98,
-        }
     try:
         return instantiate(OmegaConf.create(model), _recursive_=True)
     except (HydraException, OmegaConfBaseException) as error:

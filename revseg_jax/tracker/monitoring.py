@@ -15,6 +15,7 @@ from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.tracker.security import ServerTLS
 
 LOGGER = logging.getLogger("revseg.sidecar")
+REQUEST_SECONDS = 10.0  # that one for the metrics may take
 BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 
 
@@ -88,4 +89,8 @@ def serve_metrics(
         server, _ = start_http_server(port, host, registry, **files)
     except (OSError, OverflowError) as error:
         raise RunFailure(f"the sidecar cannot serve metrics on {host}:{port}: {error}") from None
+    # Handshakes belong to the requests' threads, and end: one that stands still would keep all others from connecting.
+    server.RequestHandlerClass = type("Handler", (server.RequestHandlerClass,), {"timeout": REQUEST_SECONDS})
+    if tls is not None:
+        server.socket.do_handshake_on_connect = False
     return server.server_port, lambda record: seconds.labels(record.method, record.code).observe(record.seconds)

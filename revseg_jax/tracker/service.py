@@ -18,7 +18,7 @@ from revseg_jax.errors import InputError
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.tracker import tracker_pb2 as pb
 from revseg_jax.tracker import tracker_pb2_grpc
-from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipWriter, Limits
+from revseg_jax.tracker.clips import Clip, ClipNotHeld, ClipStore, ClipWriter, Full, Limits
 from revseg_jax.tracker.engine import CallerGone, Engine, Prompt
 from revseg_jax.tracker.monitoring import LOGGER, CallRecord, log_call
 from revseg_jax.tracker.wire import MESSAGE_BYTES, RETRY_KEY, decode_masks, encode_masks
@@ -45,10 +45,6 @@ class _OtherModel(Exception):
     """Another model is meant than the one that runs here."""
 
 
-class _Full(Exception):
-    """As many calls as this sidecar takes are under way."""
-
-
 _CODES = {
     InputError: grpc.StatusCode.INVALID_ARGUMENT,
     ClipNotHeld: grpc.StatusCode.NOT_FOUND,
@@ -57,7 +53,7 @@ _CODES = {
     CallerGone: grpc.StatusCode.CANCELLED,
     _Draining: grpc.StatusCode.UNAVAILABLE,
     _OtherModel: grpc.StatusCode.FAILED_PRECONDITION,
-    _Full: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Full: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 
@@ -86,10 +82,10 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             header = first.header
             clip_id, truth_id = _name(header, "clip_id", needed=False), _name(header, "truth_id", needed=False)
             record["clip"] = clip_id
-            writer = ClipWriter(
-                header.height, header.width, header.encoding, header.frame_height, header.frame_width, self.limits
-            )
-            counts = self._receive(requests, writer)
+            sizes = header.height, header.width, header.encoding, header.frame_height, header.frame_width
+            with self.store.room() as take:
+                writer = ClipWriter(*sizes, self.limits, take)
+                counts = self._receive(requests, writer)
             if not writer.empty:
                 clip_id = record["clip"] = self.store.put(writer.close(clip_id)).clip_id
             try:
@@ -184,7 +180,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             message = (str(error) or kind.__doc__) if expected else f"{type(error).__name__}: {error}"
             if kind is None:
                 LOGGER.exception("failed")
-            if kind is _Full:
+            if kind is Full:
                 context.set_trailing_metadata(((RETRY_KEY, str(RETRY_MILLISECONDS)),))
             context.abort(code, message)
         finally:
@@ -201,7 +197,7 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             if self._draining:
                 raise _Draining
             if self.calls >= self.limits.max_calls or self._callers[peer] >= self.limits.max_calls_together:
-                raise _Full
+                raise Full
             self._callers[peer] += 1
         return True
 

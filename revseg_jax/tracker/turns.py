@@ -7,20 +7,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TURNS_BEFORE_OTHERS = 512  # a call that had so many lets those that had fewer go first
+TURNS_BEFORE_OTHERS = 512  # a call that had so many arrives anew, behind those that wait by then
 
 
 class Turns:
     """One call at a time, a step at a time: of those that wait, the one that came first.
 
     First come, first served keeps few clips at work, so that their features stay in the cache; a call that does not ask
-    for its next turn (its caller is slow to take the masks, say) keeps nobody waiting, and very long ones step back.
+    for its next turn (its caller is slow to take the masks, say) keeps nobody waiting, and very long ones step back
+    again and again, behind those that have come meanwhile and before those that come later.
     """
 
     def __init__(self):
         self._arrivals = itertools.count()
         self._changed = threading.Condition()
-        self._waiting: set[tuple[int, int]] = set()
+        self._waiting: set[int] = set()
         self._taken = False
 
     def __len__(self) -> int:
@@ -28,26 +29,28 @@ class Turns:
         return len(self._waiting)
 
     def arrive(self) -> Call:
-        return Call(self, next(self._arrivals))
+        return Call(self)
 
 
 class Call:
     """What takes its turns in order of arrival. For one thread at a time."""
 
-    def __init__(self, turns: Turns, arrival: int):
-        self._turns, self._arrival, self._had = turns, arrival, 0
+    def __init__(self, turns: Turns):
+        self._turns, self._arrival, self._left = turns, next(turns._arrivals), TURNS_BEFORE_OTHERS
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        turns, rank = self._turns, (self._had // TURNS_BEFORE_OTHERS, self._arrival)
+        turns = self._turns
+        if not self._left:
+            self._arrival, self._left = next(turns._arrivals), TURNS_BEFORE_OTHERS
+        self._left -= 1
         with turns._changed:
-            turns._waiting.add(rank)
+            turns._waiting.add(self._arrival)
             try:
-                turns._changed.wait_for(lambda: not turns._taken and min(turns._waiting) == rank)
+                turns._changed.wait_for(lambda: not turns._taken and min(turns._waiting) == self._arrival)
                 turns._taken = True
             finally:
-                turns._waiting.remove(rank)
-        self._had += 1
+                turns._waiting.remove(self._arrival)
         try:
             yield
         finally:

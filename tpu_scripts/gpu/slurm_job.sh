@@ -9,7 +9,9 @@ arguments "$@"
 no_arguments
 settings REVSEG SECRETS SLURM_GPUS MEMORY_FRACTION COMPILATION_CACHE MAX_RESTARTS
 in_checkout
-tools srun scontrol openssl
+tools srun scancel scontrol openssl
+# srun has not taken sbatch's --cpus-per-task since Slurm 22.05.
+[[ ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 mapfile -t nodes < <(run scontrol show hostnames "${SLURM_JOB_NODELIST:-}")
 if [[ $DRY_RUN ]]; then nodes=(NODES_OF_THE_JOB); fi
@@ -31,6 +33,9 @@ if [[ $SLURM_SIDECAR_CHECKPOINT ]]; then
     mapfile -t tracker < <(tracker_arguments "$SECRETS" "${nodes[@]}")
 fi
 
+# SIGTERM makes srun kill its tasks with SIGKILL: the signal goes to the tasks of the job's steps by Slurm itself.
+# shellcheck disable=SC2329 # preemptible calls it
+pass_on() { scancel --signal=TERM "$SLURM_JOB_ID"; }
 export XLA_PYTHON_CLIENT_MEM_FRACTION=$MEMORY_FRACTION JAX_COMPILATION_CACHE_DIR=$COMPILATION_CACHE
 code=0
 run preemptible srun --kill-on-bad-exit=1 \
