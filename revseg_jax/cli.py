@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"revseg: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what Python still does at its exit
         print("revseg: interrupted", file=sys.stderr)
         sys.exit(130)
     except Interrupted:
@@ -255,8 +257,9 @@ def run_train(options: argparse.Namespace) -> None:
 
     print(start_processes())
     from revseg_jax import train
+    from revseg_jax.rollout.loading import spoken_chain
 
-    train.main(config)
+    train.main(spoken_chain(config, options.config or [], options.overrides))
 
 
 def run_compile(options: argparse.Namespace) -> None:
@@ -280,8 +283,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=options.data))
     from revseg_jax import evaluate
+    from revseg_jax.rollout.loading import spoken_chain
 
-    config = evaluate.spoken_chain(config, options.config or [], options.overrides)
+    config = spoken_chain(config, options.config or [], options.overrides)
     evaluate.main(config, options.benchmarks.split(","), options.out, options.sampled, options.workers)
 
 
@@ -302,19 +306,24 @@ def run_score(options: argparse.Namespace) -> None:
 
 
 def run_prepare(options: argparse.Namespace) -> None:
+    from revseg_jax.data.datasets import DATASETS
     from revseg_jax.data.prepare import prepare, summary_text
     from revseg_jax.data.processes import cores
     from revseg_jax.data.synthetic_builder import prepare_synthetic
 
     there = local_only(options.out).exists()
     if options.dataset == "synthetic":
+        if options.source or options.split or options.strict:
+            raise InputError("--source, --split and --strict are for downloads: synthetic clips are drawn")
         prepared = prepare_synthetic(
             options.out, options.difficulty, *options.clips, seed=options.seed, workers=options.workers or cores()
         )
-    elif options.source is None:
+    elif options.source is None and options.dataset in DATASETS:
         raise InputError("--source is missing: the folder that holds the download")
     else:
-        prepared = prepare(options.dataset, options.source, options.out, options.split, options.strict, options.workers)
+        prepared = prepare(
+            options.dataset, options.source or "", options.out, options.split, options.strict, options.workers
+        )
     if there:
         print(
             f"revseg: {options.out} was there already and is as it was: delete it to prepare it anew", file=sys.stderr

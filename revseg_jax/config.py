@@ -249,7 +249,8 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
             try:
                 OmegaConf.from_dotlist([override])
             except yaml.YAMLError as error:
-                raise InputError(f"{override!r}: its value is not valid YAML: {yaml_fault(error)}") from None
+                hint = "; a list with spaces needs quotes: 'data.train=[A, B]'" if "=[" in override else ""
+                raise InputError(f"{override!r}: its value is not valid YAML: {yaml_fault(error)}{hint}") from None
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         path = paths[0] if len(paths) == 1 else None
         if OmegaConf.is_missing(tree.run, "dir"):
@@ -258,13 +259,20 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
             tree.learner.kl = "off"
         config = OmegaConf.to_object(tree)
     except FileNotFoundError:
-        raise InputError(f"config file {path} does not exist") from None
+        packaged = f"configs/{path}"
+        hint = f"; did you mean {packaged}?" if config_file(packaged).is_file() else ""
+        raise InputError(f"config file {path} does not exist{hint}") from None
     except OmegaConfBaseException as error:
         where = f"{path}: " if path is not None else ""
         key = getattr(error, "full_key", None)
         meant = difflib.get_close_matches(key, field_names(Config)) if isinstance(error, ConfigKeyError) else ()
         hint = f"; did you mean {meant[0]}?" if meant else ""
-        raise InputError(f"{where}{f'{key}: ' if key else ''}{str(error).splitlines()[0]}{hint}") from None
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"it is a list: write {key}=[A] or {key}=[A,B]"
+        elif "Incompatible value 'None'" in reason:
+            reason = "it is empty"
+        raise InputError(f"{where}{f'{key}: ' if key else ''}{reason}{hint}") from None
     except yaml.YAMLError as error:
         raise InputError(f"config file {path} is not valid YAML: {yaml_fault(error)}") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -135,6 +135,13 @@ def sidecars(config: Config) -> Iterator[Finding]:
     from revseg_jax.tracker.client import TrackerClient
     from revseg_jax.tracker.process import credentials
 
+    asked = config.tracker
+    for name, file in (("checkpoint", asked.checkpoint), ("config", asked.config)):
+        stock = name == "config" and not file.endswith((".yaml", ".yml"))
+        if not asked.endpoints and file != "embedded" and not stock:
+            yield Finding(
+                f"tracker {name}", file, "" if path_of(file).is_file() else f"no such file: see tracker.{name}"
+            )
     first = ""  # the model of the first that answers
     for endpoint in config.tracker.endpoints:
         try:

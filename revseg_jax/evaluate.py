@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from revseg_jax.config import Config, named_fields
+from revseg_jax.config import Config
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data, left_out
@@ -19,7 +19,7 @@ from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
 from revseg_jax.evaluation.table import markdown, terminal
 from revseg_jax.paths import take_lock, write_whole
-from revseg_jax.policy.checkpoint import policy_digest, read_chain, resolve_folder
+from revseg_jax.policy.checkpoint import policy_digest
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
 
@@ -72,16 +72,6 @@ def _predict_all(config: Config, data: dict[str, Path], folder: Path, sampled: b
         for name, path in data.items():
             failures[name] = predict(BENCHMARKS[name], path, folder / name, engine, params, client, config.run.seed)
     return failures
-
-
-def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str]) -> Config:
-    """The config with the chain of the policy's own chain.yaml, where it has one, but for those of its fields that the
-    YAML files and overrides name."""
-    spoken = read_chain(resolve_folder(config.policy.path))
-    if spoken is None:
-        return config
-    changed = {name: getattr(config.chain, name) for name in named_fields("chain", paths, overrides)}
-    return dataclasses.replace(config, chain=dataclasses.replace(spoken, **changed))
 
 
 def _settings(config: Config, sampled: bool, data: dict[str, Path]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ AnyPath = Path  # or an epath.Path: the methods used on either are the same
 def path_of(name: str | os.PathLike) -> AnyPath:
     """The path that a user's words name. Raises InputError for a gs:// path where its client is not installed."""
     if not is_remote(name):
-        return Path(name)
+        return Path(name).expanduser()  # shells leave the ~ of run.dir=~/runs alone
     import fsspec
     from etils import epath
 
@@ -44,7 +44,7 @@ def local_only(name: str | os.PathLike) -> Path:
     """The path, for commands that need a disk. Raises InputError for a remote one."""
     if is_remote(name):
         raise InputError(f"{name}: this works on a local folder; copy it with gcloud storage cp --recursive")
-    return Path(name)
+    return path_of(name)
 
 
 def absolute(path: AnyPath) -> AnyPath:

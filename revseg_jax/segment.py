@@ -122,6 +122,8 @@ def main(
         }
         (folder / "trace.json").write_text(json.dumps(trace, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(_summary(trace, out))
+    if policy == "embedded":
+        print("note      the embedded policy knows synthetic clips only; --policy takes a real one")
 
 
 @contextmanager

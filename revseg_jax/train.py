@@ -88,14 +88,15 @@ def main(config: Config) -> None:
         if int(state.step) < config.run.steps:  # what ends it early and is no failure
             end = f"step {int(state.step)} is saved: the same command goes on from there"
             print(f"revseg: stopped by SIGTERM, {end}", file=sys.stderr)
-        print(f"step {int(state.step)} of {config.run.steps}: parameters {known}")
+        print(f"{config.run.dir}: step {int(state.step)} of {config.run.steps}, digest of the parameters {known}")
 
 
 def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) -> TrainState:
     """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one.
 
-    On SIGTERM the current phase is finished, the rest of its step given up, and the last whole step saved.
-    `loaded.trained` is taken over when no reference shares it, and is then gone.
+    On SIGTERM, or the first Ctrl-C of a single process, the current phase is finished, the rest of its step given up,
+    and the last whole step saved; after Ctrl-C this raises KeyboardInterrupt. `loaded.trained` is taken over when no
+    reference shares it, and is then gone.
     """
     check_training(config)
     if config.learner.kl == "loss" and config.learner.kl_estimator == "k1" and leads():
@@ -105,8 +106,13 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     tracker = await_tracker(client, config.tracker.patience) if client else None
     made_of = source.fingerprints, loaded.folder, tracker
     open_run = partial(RunFolder, config, *made_of) if leads() else partial(RunFollower, config)
-    with heed_sigterm() as interruption, closing(open_run()) as run, telling_others():
-        return run_steps(config, loaded, client, source, run, interruption)
+    alone = jax.process_count() == 1
+    with heed_sigterm(ctrl_c=alone) as interruption, closing(open_run()) as run, telling_others():
+        state = run_steps(config, loaded, client, source, run, interruption)
+    if interruption.by_ctrl_c:
+        print(f"revseg: step {int(state.step)} is saved: the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
+    return state
 
 
 def await_tracker(client: TrackerClient, patience: float) -> dict[str, Any]:

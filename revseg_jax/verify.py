@@ -45,7 +45,8 @@ def main(run: str, steps: int) -> None:
             if causes:
                 difference += f"; they were taken again with {causes}"
             raise RunFailure(f"{folder} does not repeat: {difference}")
-    print(f"{folder}: {steps} steps repeat bit for bit ({', '.join(STAGES)})")
+    taken = "1 step repeats" if steps == 1 else f"{steps} steps repeat"
+    print(f"{folder}: {taken} bit for bit ({', '.join(STAGES)})")
 
 
 def first_difference(one: list[dict], other: list[dict]) -> str | None:

@@ -17,8 +17,8 @@ from revseg_jax.cli import load, main, parser, spare_absent_chips
 from revseg_jax.config import load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
-from revseg_jax.evaluate import spoken_chain
 from revseg_jax.policy.checkpoint import load_policy, policy_digest, resolve_folder
+from revseg_jax.rollout.loading import spoken_chain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = str(CONFIGS / "demo.yaml")
@@ -36,6 +36,14 @@ def failing(capsys, *arguments: str) -> tuple[int, str]:
         (["train", "--config", DEMO, "run.stepz=3"], "stepz"),
         (["train", "--config", DEMO, "learner.algo=ppo"], "did you mean learner.algorithm?"),
         (["train", "--config", DEMO, "rollout.temperature=0"], "the rollouts of a group would be the same"),
+        (["train", "--config", DEMO, "data.train=clips"], "data.train: it is a list: write data.train=[A] or"),
+        (["train", "--config", DEMO, "data.train=[A,"], "a list with spaces needs quotes: 'data.train=[A, B]'"),
+        (["train", "--config", DEMO, "run.dir="], "run.dir: it is empty"),
+        (["train", "--config", "dapo.yaml"], "does not exist; did you mean configs/dapo.yaml?"),
+        (["train", "--config", DEMO, f"run.dir={DEMO}"], "is a file: choose a folder"),
+        (["prepare", "synthetic", "--out", "x", "--strict"], "are for downloads: synthetic clips are drawn"),
+        (["prepare", "kinetics", "--out", "x"], "dataset kinetics is not one of"),
+        (["prepare", "mevis", "--out", "x"], "--source is missing"),
         (["train", "--config", DEMO, "rollout.top_k=1"], "the rollouts of a group would be the same"),
         (["train", "--config", DEMO, "policy.param_dtype=bfloat16"], "training keeps parameters in float32"),
         (["evaluate", "--out", "x", "--fly"], "see revseg evaluate --help"),
@@ -109,6 +117,22 @@ def test_chips_that_are_not_there_are_not_looked_for(monkeypatch, installed, tpu
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     spare_absent_chips()
     assert os.environ["JAX_PLATFORMS"] == "tpu"
+
+
+def test_training_takes_the_chain_that_the_policy_was_trained_with(tmp_path, capsys):
+    """As evaluate does: the defaults are the published policies', whose prompts the embedded one cannot hold."""
+    prepare_synthetic(tmp_path / "clips", "easy", 1, 1, seed=0, progress=False)
+    main(["train", f"data.train=[{tmp_path / 'clips'}]", f"run.dir={tmp_path / 'run'}", "run.steps=0"])
+    chain = load_config(tmp_path / "run/config.yaml").chain
+    assert (chain.frames, chain.frame_size) == (8, 112)
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith(f"{tmp_path / 'run'}: step 0 of 0, digest of the parameters ")
+
+
+def test_a_run_folder_is_no_policy(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="is a run's folder: write its policy with `revseg export "):
+        load_policy(tmp_path)
 
 
 def test_a_full_device_is_said_in_one_line(capsys, monkeypatch, tmp_path):

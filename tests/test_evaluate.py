@@ -19,7 +19,6 @@ from child_processes import wait_for
 from PIL import Image
 from prepared_datasets import jf
 
-from revseg_jax import evaluate
 from revseg_jax.chain.parsing import parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.cli import main
 from revseg_jax.config import load_config
@@ -35,7 +34,7 @@ from revseg_jax.evaluation.chains import answers, failure_cause
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
-from revseg_jax.rollout.loading import load_engine
+from revseg_jax.rollout.loading import load_engine, spoken_chain
 
 GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</answer>'
 
@@ -203,5 +202,5 @@ def test_no_data_is_said_so():
 
 def test_frames_at_test_time_are_the_users_choice():
     overrides = ["run.dir=.", "chain.frames=12"]
-    config = evaluate.spoken_chain(load_config(None, overrides), [], overrides)
+    config = spoken_chain(load_config(None, overrides), [], overrides)
     assert config.chain.frames == 12 and config.chain.frame_size == 112  # the embedded policy's own size

@@ -20,7 +20,7 @@ from revseg_jax.config import Config, load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import local_copy, path_of
+from revseg_jax.paths import local_copy, local_only, path_of
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.run.digests import parameter_digest
 from revseg_jax.run.folder import RunFolder, check_folder
@@ -84,6 +84,13 @@ def test_policies_are_copied_here_once_and_written_there_whole(store, tmp_path):
 
 
 STATE = {"weights": jnp.arange(6.0).reshape(2, 3), "step": jnp.array(0)}
+
+
+def test_the_tilde_of_a_value_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells expand it only where a word begins."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of("~/runs/a") == local_only("~/runs/a") == tmp_path / "runs/a"
+    assert path_of("gs://b/~") != path_of("~") and path_of("a/~") == Path("a/~")
 
 
 def state_at(step: int) -> dict:

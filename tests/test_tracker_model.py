@@ -134,6 +134,15 @@ def test_checkpoint_that_does_not_fit(tmp_path, kind, said):
     assert said in message and str(path) in message and "\n" not in message
 
 
+def test_a_checkpoint_without_a_config_is_named_and_not_the_config(tmp_path):
+    path = tmp_path / "mine.pt"
+    with pytest.raises(InputError, match=f"^tracker checkpoint {path} does not exist$"):
+        build_tracker(checkpoint=path)
+    path.touch()
+    with pytest.raises(InputError, match=f"^the config of {path} is unknown: neither mine.yaml beside it nor a publ"):
+        build_tracker(checkpoint=path)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not a zip", b"\x80\x02cos\nsystem\n(S'false'\ntR."])
 def test_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "weights.pt"

@@ -1,13 +1,17 @@
 """Training end to end, small: real clips, a real sidecar, real checkpoints."""
 
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tracker_setup import until
 
 from benchmarks.resume import WALL_TIME
 from revseg_jax import export, train
@@ -108,6 +112,27 @@ def test_a_run_leaves_metrics_traces_and_a_manifest(finished):
     assert len(manifest["git"]["revision"]) == 40 and manifest["git"]["clean"] in (True, False)
 
 
+def test_ctrl_c_saves_and_the_same_command_goes_on(clips, client, tmp_path, capfd):
+    folder = tmp_path / "run"
+
+    def press() -> None:
+        until(lambda: (folder / "metrics.jsonl").exists())  # the first step is done
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press).start()
+        with pytest.raises(KeyboardInterrupt):
+            run(clips, client, folder, 1000)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    words = capfd.readouterr().err
+    assert "Ctrl-C again stops at once" in words
+    done = len(lines(folder / "metrics.jsonl"))
+    assert f"step {done} is saved: the same command goes on from there" in words
+    assert (folder / "checkpoints" / str(done)).is_dir() and done < 100
+
+
 def test_a_wrong_place_shows_before_anything_is_loaded(finished, clips, tmp_path):
     folder, _ = finished
     nowhere = ["tracker.checkpoint=/nowhere.pt", "policy.path=/nowhere"]
@@ -132,6 +157,7 @@ def test_what_a_continued_run_may_have_otherwise(finished, clips, tmp_path):
         check_same_settings(tmp_path / "run", load_config(CONFIG, [f"run.dir={tmp_path / 'run'}", *options]))
 
     sizes = ["rollout.prompts_per_batch=2", "learner.prompts_per_microbatch=1", "learner.logprob_chunk=64"]
+    check(f"data.train=[{clips}/.]")  # what is in it is compared, not what it is called
     check(*sizes, "policy.remat=full", "run.evaluate_every=2", f"data.test=[{clips}]", "data.test_clips=1")
     with pytest.raises(InputError, match="learner.learning_rate"):
         check("learner.learning_rate=1")

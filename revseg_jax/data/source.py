@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from revseg_jax.data.clip import Clip
-from revseg_jax.data.filtered import fingerprint_without, read_dropped
+from revseg_jax.data.filtered import DECISIONS, fingerprint_without, read_dropped
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.records import VideoTruth, clip_of, truth_of
 from revseg_jax.errors import InputError
@@ -41,16 +41,19 @@ class ClipSource:
         self.weights = tuple(weights)
         self.folders, self.split = [str(folder) for folder in folders], split
         self.fingerprints: list[str] = []
+        total = 0  # dropped videos
         videos: list[tuple[int, int]] = []  # (folder, record) of each video
         self._ids: list[tuple[str, list[str]]] = []  # of each video: its id, its expressions' ids
         for number, folder in enumerate(self.folders):
             prepared = read_prepared(folder)
             if split not in prepared["expressions"]:
                 there = ", ".join(prepared["expressions"])
-                raise InputError(f"{folder} has no split {split!r}, only {there}")
+                advice = "set data.train_split or data.test_split"
+                raise InputError(f"{folder} has no split {split!r}, only {there}: {advice}")
             if with_truth and not prepared["truth"][split]:
                 raise InputError(f"{folder}: the truth of the split {split!r} is not public: choose one that has masks")
             dropped = set() if with_dropped else read_dropped(folder, split)
+            total += len(dropped)
             kept = [(n, item) for n, item in enumerate(prepared["expressions"][split]) if item[0] not in dropped]
             videos += [(number, record) for record, _ in kept]
             self._ids += [item for _, item in kept]
@@ -59,7 +62,8 @@ class ClipSource:
         self._videos, self._ends = videos, np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - counts
         if len(self) == 0:
-            raise InputError(f"the split {split!r} of {', '.join(self.folders)} has no expressions")
+            cause = f": {DECISIONS}, of `revseg filter`, drops all of them" if total else ""
+            raise InputError(f"the split {split!r} of {', '.join(self.folders)} has no expressions{cause}")
         self._readers: dict = {}
         self._last: tuple[int, dict] | None = None
 

@@ -145,6 +145,8 @@ def load_policy(
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"policy folder {folder} holds a LoRA adapter: merge it first (peft's merge_and_unload)")
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing and (folder / "run.json").is_file():
+        raise InputError(f"{folder} is a run's folder: write its policy with `revseg export {folder} --out HF_DIR`")
     if missing:
         raise InputError(f"policy folder {folder} lacks {', '.join(missing)}")
     config = read_config(folder)

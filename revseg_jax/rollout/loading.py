@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from flax import nnx
 
 from revseg_jax.chain.prompts import validate_templates
-from revseg_jax.config import ChainConfig, Config
+from revseg_jax.config import ChainConfig, Config, check, named_fields
 from revseg_jax.data.example import Batch
 from revseg_jax.parallel.sharding import Placement, make_placement
-from revseg_jax.policy.checkpoint import load_policy
+from revseg_jax.policy.checkpoint import load_policy, read_chain, resolve_folder
 from revseg_jax.rollout.engine import Prompt, RolloutEngine
 from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.sampling import sampling_config
@@ -38,6 +39,18 @@ class LoadedEngine:
     @property
     def placement(self) -> Placement:
         return self.engine.placement
+
+
+def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The config with the chain of the policy's own chain.yaml, where it has one, but for those of its fields that the
+    YAML files and overrides name. Raises InputError when the rest of the config does not fit it."""
+    spoken = read_chain(resolve_folder(config.policy.path))
+    if spoken is None:
+        return config
+    changed = {name: getattr(config.chain, name) for name in named_fields("chain", paths, overrides)}
+    config = replace(config, chain=replace(spoken, **changed))
+    check(config)
+    return config
 
 
 def load_engine(config: Config, chain: ChainConfig | None = None) -> LoadedEngine:

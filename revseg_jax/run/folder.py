@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,16 +19,18 @@ import numpy as np
 from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.data.prepared import MARKER
 from revseg_jax.errors import InputError, RunFailure
-from revseg_jax.paths import AnyPath, path_of, take_lock, write_whole
+from revseg_jax.paths import AnyPath, is_remote, path_of, take_lock, write_whole
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs, with_known_tracker
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
 from revseg_jax.run.mirror import Mirror
 
-# What a continued run may have otherwise: how long and how often, where it is and on which devices, and how it reaches
-# its sidecars. Only the mesh and what is computed together, or again, may change the bits, and those by rounding alone.
+# What a continued run may have otherwise: what run.json compares by its content, how long and how often, where it is
+# and on which devices, and how it reaches its sidecars. Only the mesh and what is computed together, or again, may
+# change the bits, and those by rounding alone.
 MAY_CHANGE = frozenset(
     """
+    policy.path data.train tracker.checkpoint tracker.config
     run.dir run.steps run.checkpoint_every run.keep_checkpoints run.keep_best run.traces_every run.evaluate_every
     run.wandb rollout.prompts_per_batch policy.remat learner.prompts_per_microbatch learner.logprob_chunk
     learner.max_bad_steps data.workers
@@ -35,7 +38,6 @@ MAY_CHANGE = frozenset(
     tracker.tls_ca tracker.tls_certificate tracker.tls_key
     """.split()
 )
-
 EVALUATED = ("data.test", "data.test_split", "data.test_clips")  # may change until they have been evaluated
 
 
@@ -192,6 +194,8 @@ def check_folder(config: Config) -> None:
     """Raises InputError for what shows before the policy is loaded: `config.run.dir` is a prepared dataset, or holds a
     run with checkpoints that has another config."""
     folder = path_of(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.dir={config.run.dir} is a file: choose a folder")
     if (folder / MARKER).exists():
         raise InputError(f"run.dir={config.run.dir} is a prepared dataset: choose another folder for the run")
     checkpoints = folder / "checkpoints"
@@ -229,6 +233,9 @@ def _settings(config: Config) -> dict[str, str]:
                 yield from flatten(value, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", str(value)
+
+    test = [os.path.realpath(folder) if not is_remote(folder) else folder for folder in config.data.test]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=test))
 
     settings = flatten(dataclasses.asdict(config), "")
     return {key: value for key, value in settings if key not in MAY_CHANGE and not key.startswith("mesh.")}

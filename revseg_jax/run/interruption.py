@@ -13,8 +13,12 @@ from dataclasses import dataclass
 AGAIN_SECONDS = 1.0  # longer than a collection, in which other libraries' finalizers drop it unseen
 
 
+SAVING = b"\nrevseg: saving when the current phase has ended; Ctrl-C again stops at once\n"
+
+
 class Interrupted(BaseException):
-    """SIGTERM has come while `Interruption.at_once` was in force. Not an Exception, so that nothing swallows it."""
+    """What was to be heeded has come while `Interruption.at_once` was in force. Not an Exception, so that nothing
+    swallows it."""
 
 
 @contextmanager
@@ -50,16 +54,18 @@ def ended_by_sigterm() -> Iterator[None]:
 @dataclass
 class Interruption:
     """Attributes:
-    requested: SIGTERM has come; set from a signal handler, read between phases
+    requested: SIGTERM has come, or Ctrl-C; set from a signal handler, read between phases
+    by_ctrl_c: it was Ctrl-C
     raises: the handler also raises Interrupted
     """
 
     requested: bool = False
+    by_ctrl_c: bool = False
     raises: bool = False
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """The block is left by Interrupted as soon as SIGTERM comes: for long work whose loss costs nothing."""
+        """The block is left by Interrupted as soon as the signal comes: for long work whose loss costs nothing."""
         self.raises = True
         try:
             if self.requested:
@@ -70,21 +76,30 @@ class Interruption:
 
 
 @contextmanager
-def heed_sigterm() -> Iterator[Interruption]:
-    """While the block runs SIGTERM only sets `requested`. Outside the main thread nothing is changed."""
+def heed_sigterm(ctrl_c: bool = False) -> Iterator[Interruption]:
+    """While the block runs SIGTERM only sets `requested`; with ctrl_c the first Ctrl-C does so too, and says so, and
+    the second is what it always is. Outside the main thread nothing is changed."""
     interruption = Interruption()
+    before = {}
 
     def request(number, frame):
         interruption.requested = True
+        if number == signal.SIGINT:
+            interruption.by_ctrl_c = True
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            os.write(2, SAVING)  # print might be what the signal has come into
         if interruption.raises:
             raise Interrupted
 
     try:
-        before = signal.signal(signal.SIGTERM, request)
+        for number in (signal.SIGTERM, signal.SIGINT)[: 1 + ctrl_c]:
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, request)
     except ValueError:  # not the main thread: signals are not this caller's to handle
         yield interruption
         return
     try:
         yield interruption
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

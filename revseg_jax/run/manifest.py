@@ -93,9 +93,12 @@ def with_known_tracker(before: dict[str, Any], now: dict[str, Any]) -> dict[str,
 def other_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, which of the things that a run is made of, beside its config, differ between two manifests."""
     found = []
-    for name, where in (("data_fingerprints", "data.train"), ("policy_fingerprint", "policy.path")):
+    for name, words in (
+        ("data_fingerprints", "other clips in data.train (its files or filter.json)"),
+        ("policy_fingerprint", "other files in policy.path"),
+    ):
         if before.get(name, now[name]) != now[name]:
-            found.append(f"other files in {where}")
+            found.append(words)
     trackers = [content["tracker"] for content in (before, now) if "tracker" in content]
     if len({tracker["model"] for tracker in trackers}) > 1:
         found.append(f"another tracker ({' and '.join(tracker['checkpoint'] for tracker in trackers)})")

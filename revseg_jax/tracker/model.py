@@ -82,14 +82,15 @@ def _config_path(config: str | Path, checkpoint: str | Path | None) -> Path:
     elif checkpoint in ("embedded", None):
         path = EMBEDDED / "tracker.yaml"
     else:
+        if not Path(checkpoint).is_file():
+            raise InputError(f"tracker checkpoint {checkpoint} does not exist")
         beside = Path(checkpoint).with_suffix(".yaml")
-        path = _STOCK_CHECKPOINTS.get(Path(checkpoint).stem)
-        if beside.is_file() or path is None:
-            path = beside
-    if not path.is_file():
-        raise InputError(
-            f"tracker config {path} does not exist; give a YAML file or one of {', '.join(sorted(_STOCK_CONFIGS))}"
-        )
+        path = beside if beside.is_file() else _STOCK_CHECKPOINTS.get(Path(checkpoint).stem)
+    if path is None or not path.is_file():
+        fault = f"tracker config {path} does not exist"
+        if path is None:
+            fault = f"the config of {checkpoint} is unknown: neither {beside.name} beside it nor a published name"
+        raise InputError(f"{fault}; give a YAML file or one of {', '.join(sorted(_STOCK_CONFIGS))}")
     return path
 
 
