@@ -38,7 +38,7 @@ class Groups(NamedTuple):
     """Attributes:
     batch: the B examples
     rollouts: [B, G], on the host
-    pending: their rewards, in parts that together cover the batch
+    pending: [B], their rewards
     decoded: what was sampled together, batch by batch, with what has been replaced since
     """
 
@@ -49,12 +49,14 @@ class Groups(NamedTuple):
 
     @property
     def chains(self) -> list[Sequence[Rollout]]:
-        return [row for waiting in self.pending for row in waiting.chains]
+        return [waiting.chains for waiting in self.pending]
 
     def rewards(self, config: Config) -> list[list[RolloutReward]]:
         """[B][G]; waits for the sidecar."""
-        parts = (collect_rewards(config.rewards, config.chain, self.batch, waiting) for waiting in self.pending)
-        return [row for part in parts for row in part]
+        return [
+            collect_rewards(config.rewards, config.chain, self.batch, row, waiting)
+            for row, waiting in enumerate(self.pending)
+        ]
 
 
 def sample_groups(
@@ -66,20 +68,19 @@ def sample_groups(
     prompts_per_step = config.rollout.prompts_per_step
     # Of several processes each has its share of every part.
     size = len(batch) * (config.rollout.prompts_per_batch or prompts_per_step) // prompts_per_step
-    prompts, order, parts, pending, decoded = prompts_of(batch), by_length(batch), [], [], []
+    prompts, order, parts, decoded = prompts_of(batch), by_length(batch), [], []
+    pending: dict[int, PendingRewards] = {}
     for begin in range(0, len(batch), size):
         rows = order[begin : begin + size]
         arrays, chains = engine.sample(params, [prompts[row] for row in rows], keys[rows])
         parts.append(arrays)
-        pending += [
-            request_rewards(client, config.rewards, batch, int(row), [group])
-            for row, group in zip(rows, chains, strict=True)
-        ]
+        for row, group in zip(rows.tolist(), chains, strict=True):
+            pending[row] = request_rewards(client, config.rewards, batch, row, group)
         flat = [chain for row in chains for chain in row]
         longest = max(chain.tokens1 for chain in flat), max(chain.tokens2 for chain in flat)
         decoded.append(Decoded(len(flat), longest, sum(chain.tokens for chain in flat)))
     rollouts = RolloutBatch(*(array[np.argsort(order)] for array in concatenate(parts)))
-    return Groups(batch, rollouts, sorted(pending, key=lambda waiting: waiting.first), decoded)
+    return Groups(batch, rollouts, [pending[row] for row in range(len(batch))], decoded)
 
 
 def by_length(batch: Batch) -> np.ndarray:
@@ -126,7 +127,7 @@ def replace_groups_without_spread(
     groups = Groups(
         batch=stack([_example(drawn[number].batch, row) for number, row in chosen]),
         rollouts=RolloutBatch(*(np.stack([column[number][row] for number, row in chosen]) for column in columns)),
-        pending=[_pending(drawn[number], row, place) for place, (number, row) in enumerate(chosen)],
+        pending=[drawn[number].pending[row] for number, row in chosen],
         decoded=[part for groups in drawn for part in groups.decoded],
     )
     return groups, sum(number > 0 for number, _ in chosen)
@@ -155,10 +156,3 @@ def have_spread(rewards: Sequence[Sequence[RolloutReward]], credit: str) -> np.n
 
 def _example(batch: Batch, row: int) -> Example:
     return Example(**{field.name: getattr(batch, field.name)[row] for field in fields(Example)})
-
-
-def _pending(groups: Groups, row: int, place: int) -> PendingRewards:
-    """The rewards of one row of `groups`, which becomes row `place` of another batch."""
-    waiting = next(part for part in groups.pending if row < part.first + len(part.chains))
-    index = row - waiting.first
-    return PendingRewards(place, [waiting.chains[index]], [waiting.scores[index]])

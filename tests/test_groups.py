@@ -58,10 +58,10 @@ def example(index: int) -> Example:
 
 
 def groups(first: int, keyframes: list[tuple[int, int]]) -> Groups:
-    """Prompts first, first + 1, ...; two rollouts each, in parts of two prompts and what is left."""
+    """Prompts first, first + 1, ...; two rollouts each."""
     batch = stack([example(first + i) for i in range(len(keyframes))])
     chains = [[chain(k) for k in pair] for pair in keyframes]
-    pending = [PendingRewards(at, chains[at : at + 2], [None] * len(chains[at : at + 2])) for at in (0, 2)]
+    pending = [PendingRewards(pair, None) for pair in chains]
     rollouts = RolloutBatch(*(np.repeat(batch.index[:, None], 2, 1) for _ in RolloutBatch._fields))
     return Groups(batch, rollouts, pending, [Decoded(6, (9, 0), 24)])
 
@@ -82,7 +82,6 @@ def indices(result: Groups) -> list[int]:
     """Of the prompts, which arrays, chains and rewards must agree on."""
     batch: Batch = result.batch
     assert result.rollouts.tokens[:, 0].tolist() == batch.index.tolist()
-    assert [part.first for part in result.pending] == sorted(part.first for part in result.pending)
     assert len(result.chains) == len(result.rewards(CONFIG)) == len(batch)
     assert all(batch.frames[b].max() == index for b, index in enumerate(batch.index))
     return batch.index.tolist()
@@ -168,8 +167,8 @@ with failing_together():
     first = groups(0, [(0, 1), (1, index), (0, 1)])
     second, third = groups(3, [(1, index)] * 3), groups(6, [(0, 1)] * 3)
     if away and index == 1:
-        second.pending[0].scores[0] = Future()
-        second.pending[0].scores[0].set_exception(SidecarAway("the sidecar is gone"))
+        second.pending[0] = second.pending[0]._replace(scores=Future())
+        second.pending[0].scores.set_exception(SidecarAway("the sidecar is gone"))
     try:
         result, count, taken = replaced(first, second, third, groups(9, [(0, 1)] * 3))
         report([indices(result), count, taken])
@@ -210,7 +209,7 @@ def test_metrics_say_how_many_rollouts_were_truncated():
     first = groups(0, [(0, 1), (1, 1), (0, 0)])
     rows = [[replace(rollout, truncated=g == 0 and b > 0) for g, rollout in enumerate(row)]
             for b, row in enumerate(first.chains)]  # fmt: skip
-    first = first._replace(pending=[replace(first.pending[0], chains=rows, scores=[None] * 3)])
+    first = first._replace(pending=[PendingRewards(row, None) for row in rows])
     metrics = reward_metrics(first.rewards(CONFIG), "trajectory") | rollout_metrics(first)
     assert metrics["rollout/truncated_count"] == 2 and metrics["rollout/truncated"] == pytest.approx(1 / 3)
     assert metrics["reward/groups_without_spread"] == pytest.approx(2 / 3)
@@ -242,7 +241,6 @@ def test_prompts_of_similar_length_are_sampled_together_and_come_back_in_their_o
     np.testing.assert_array_equal(np.concatenate(engine.keys), expected[[1, 3, 2, 0]])
     assert result.rollouts.tokens[:, 0].tolist() == frames
     assert [row[0].turn1.frame_idx for row in result.chains] == [len(query) for query in queries]
-    assert [waiting.first for waiting in result.pending] == [0, 1, 2, 3]
     # Unordered, the two parts would each wait for a long one: (3 + 4) steps of 4 rollouts twice.
     assert decode_steps([result.decoded]) == (2 + 4) * 4 + (3 + 4) * 4
     assert sum(part.tokens for part in result.decoded) == 2 * (sum(frames) + 4 * 3)

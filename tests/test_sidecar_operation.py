@@ -40,9 +40,9 @@ def test_rewards_on_some_frames(serving):
     with TrackerClient([f"127.0.0.1:{port}"]) as client:
         for mask_frames, frames in ((0, range(6)), (3, (0, 2, 5)), (1, (0,)), (9, range(6))):
             config = RewardsConfig(preset="custom", mask=1.0, mask_frames=mask_frames)
-            pending = request_rewards(client, config, batch, 0, [[rollout]])
+            pending = request_rewards(client, config, batch, 0, [rollout])
             expected = client.score(batch.jpegs[0], [(2, BOX)], truth, list(frames), contour=False)
-            np.testing.assert_array_equal(pending.scores[0].result(60).j_per_frame, expected.j_per_frame)
+            np.testing.assert_array_equal(pending.scores.result(60).j_per_frame, expected.j_per_frame)
             assert expected.j_per_frame.shape == (1, len(frames))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,62 +16,55 @@ from revseg_jax.rollout.chains import Rollout
 from revseg_jax.tracker.client import Scores, TrackerClient
 
 
-@dataclass(frozen=True)
-class PendingRewards:
-    """Prompts first..first + len(chains) of a batch whose mask scores are under way.
+class PendingRewards(NamedTuple):
+    """A prompt's group whose mask scores are under way.
 
     Attributes:
-      chains: [prompts][G]
-      scores: for each prompt the scores of its successful rollouts, in order; None when no mask reward is wanted
+      chains: [G]
+      scores: of its successful rollouts, in order; None when no mask reward is wanted
     """
 
-    first: int
-    chains: Sequence[Sequence[Rollout]]
-    scores: Sequence[Future[Scores] | None]
+    chains: Sequence[Rollout]
+    scores: Future[Scores] | None
 
 
 def request_rewards(
-    client: TrackerClient | None, config: RewardsConfig, batch: Batch, first: int, chains: Sequence[Sequence[Rollout]]
+    client: TrackerClient | None, config: RewardsConfig, batch: Batch, row: int, chains: Sequence[Rollout]
 ) -> PendingRewards:
-    """Sends the boxes of all successful rollouts to the sidecar and returns without waiting.
+    """Sends the boxes of all successful rollouts of prompt `row` to the sidecar and returns without waiting.
 
     The tracker's clip is the shown frames at original size, so that a keyframe needs no mapping and no other frame is
     decoded; the mask reward is the mean over them, or over `mask_frames` of them.
     """
-    scores: list[Future[Scores] | None] = []
-    for b, row in enumerate(chains, start=first):
-        prompts = [(rollout.turn1.frame_idx, rollout.box) for rollout in row if rollout.ok]
-        wanted = client is not None and weights_from(config).mask > 0 and prompts
-        contour = config.mask_kind == "jf"
-        clip, truth = batch.jpegs[b], batch.masks[b]
-        frames = _spread(len(clip), config.mask_frames)
-        scores.append(client.score_async(clip, prompts, truth, frames, contour) if wanted else None)
-    return PendingRewards(first, chains, scores)
+    prompts = [(rollout.turn1.frame_idx, rollout.box) for rollout in chains if rollout.ok]
+    if client is None or not weights_from(config).mask or not prompts:
+        return PendingRewards(chains, None)
+    clip, contour = batch.jpegs[row], config.mask_kind == "jf"
+    frames = _spread(len(clip), config.mask_frames)
+    return PendingRewards(chains, client.score_async(clip, prompts, batch.masks[row], frames, contour))
 
 
 def collect_rewards(
-    config: RewardsConfig, chain: ChainConfig, batch: Batch, pending: PendingRewards
-) -> list[list[RolloutReward]]:
-    """Waits for the scores and gives each rollout its reward. Raises SidecarAway when no sidecar answers."""
-    rewards = []
-    for b, (row, future) in enumerate(zip(pending.chains, pending.scores, strict=True), start=pending.first):
-        count = batch.frame_count[b]
-        scores = iter(zip(*_means(future.result()), strict=True)) if future is not None else None
-        rewards.append([])
-        for rollout in row:
-            j, f = next(scores) if rollout.ok and scores is not None else (0.0, 0.0)
-            reward = score_rollout(
-                config,
-                rollout.turn1,
-                rollout.turn2,
-                rollout.box,
-                batch.areas[b, :count],
-                batch.boxes[b, :count],
-                j=float(j),
-                f=float(f),
-                overlong=overlong_penalties(config, chain, rollout),
-            )
-            rewards[-1].append(reward)
+    config: RewardsConfig, chain: ChainConfig, batch: Batch, row: int, pending: PendingRewards
+) -> list[RolloutReward]:
+    """Waits for the scores of prompt `row` and gives each rollout its reward. Raises SidecarAway when no sidecar
+    answers."""
+    count, rewards = batch.frame_count[row], []
+    scores = iter(zip(*_means(pending.scores.result()), strict=True)) if pending.scores is not None else None
+    for rollout in pending.chains:
+        j, f = next(scores) if rollout.ok and scores is not None else (0.0, 0.0)
+        reward = score_rollout(
+            config,
+            rollout.turn1,
+            rollout.turn2,
+            rollout.box,
+            batch.areas[row, :count],
+            batch.boxes[row, :count],
+            j=float(j),
+            f=float(f),
+            overlong=overlong_penalties(config, chain, rollout),
+        )
+        rewards.append(reward)
     return rewards
 
 
