@@ -45,7 +45,6 @@ from revseg_jax.parallel.rows import place_rows
 from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.rollout.batch import RolloutBatch
 from revseg_jax.rollout.engine import RolloutEngine, answer_turn1, answer_turn2, read_prefix, read_turn2
-from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.sampling import rollout_keys
 
 PAPER_PROMPTS = 128
@@ -110,8 +109,7 @@ def sample(programs: StepPrograms, phases: Phases, weights: Any) -> None:
 def step(programs: StepPrograms, phases: Phases, state: TrainState, reference: Any, frozen: Any) -> TrainState:
     """As in `revseg_jax/train.py`, and nothing else."""
     config, learner = programs.config.learner, programs.learner
-    encoder = PromptEncoder(None, programs.model, programs.config.chain)
-    engine = RolloutEngine(programs.parts[0], encoder, None, programs.placement)
+    engine = RolloutEngine(programs.parts[0], None, None, programs.placement)  # which writes no prompts
     begin = time.perf_counter()
     weights = jax.block_until_ready(engine.weights((state.trained, frozen)))
     phases.seconds["weights for sampling"].append(time.perf_counter() - begin)
