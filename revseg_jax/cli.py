@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"revseg: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what Python still does at its exit
-        print("revseg: interrupted", file=sys.stderr)
+        print(f"revseg: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         sys.exit(130)
     except Interrupted:
         print("revseg: stopped by SIGTERM", file=sys.stderr)
@@ -257,9 +257,12 @@ def run_train(options: argparse.Namespace) -> None:
 
     print(start_processes())
     from revseg_jax import train
+    from revseg_jax.parallel.processes import failing_together
     from revseg_jax.rollout.loading import spoken_chain
 
-    train.main(spoken_chain(config, options.config or [], options.overrides))
+    with failing_together():  # each process reads the policy's files by itself
+        config = spoken_chain(config, options.config or [], options.overrides)
+    train.main(config)
 
 
 def run_compile(options: argparse.Namespace) -> None:

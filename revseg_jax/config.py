@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -257,6 +257,8 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
             raise InputError("run.dir is missing: add run.dir=FOLDER")
         if tree.learner.kl == "False":  # as YAML reads an off without quotes
             tree.learner.kl = "off"
+        for key in PATHS:
+            OmegaConf.update(tree, key, at_home(OmegaConf.select(tree, key)))
         config = OmegaConf.to_object(tree)
     except FileNotFoundError:
         packaged = f"configs/{path}"
@@ -281,6 +283,11 @@ def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Seque
         raise InputError(f"config file {path}: {str(error).splitlines()[0]}") from None
     check(config)
     return config
+
+
+def at_home(value: Any) -> Any:
+    """A path, or a list of paths, with the home folder for ~, which shells leave alone behind a key=."""
+    return os.path.expanduser(value) if isinstance(value, str) else [*map(os.path.expanduser, value)]
 
 
 def config_file(name: str | Path) -> AnyPath:
@@ -313,6 +320,10 @@ def yaml_fault(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}: {error.problem}" if mark else str(error).splitlines()[0]
 
 
+PATHS = (
+    "run.dir", "policy.path", "data.train", "data.test", "tracker.checkpoint", "tracker.config", "tracker.token_file",
+    "tracker.tls_ca", "tracker.tls_certificate", "tracker.tls_key",
+)  # fmt: skip
 AT_LEAST_ONE = (
     "chain.frames", "chain.frame_size", "chain.keyframe_size", "chain.query_tokens", "chain.turn1_tokens",
     "chain.turn2_prompt_tokens", "chain.turn2_tokens", "rollout.prompts_per_step", "rollout.group_size",

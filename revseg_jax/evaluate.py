@@ -40,14 +40,14 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
     rows: list[Row] = []
     for name, path in data.items():
         benchmark, predictions = BENCHMARKS[name], folder / name / PREDICTIONS
-        if benchmark.server is not None:
+        prepared, lacking = read_prepared(path), left_out(path, benchmark.split)
+        if benchmark.server is not None and not lacking:
             write_submission(benchmark, path, predictions, folder / name / "submission.zip")
-        prepared = read_prepared(path)
         if prepared["truth"][benchmark.split]:
-            scores = score_benchmark(benchmark, path, predictions, workers)
-            rows += rows_of(benchmark, scores, left_out(path, benchmark.split))
+            rows += rows_of(benchmark, score_benchmark(benchmark, path, predictions, workers), lacking)
         else:
-            asked, note = prepared["summary"][benchmark.split]["expressions"], f"a server scores {name}/submission.zip"
+            asked = prepared["summary"][benchmark.split]["expressions"]
+            note = f"no zip for the server: {lacking}" if lacking else f"a server scores {name}/submission.zip"
             rows.append(Row(benchmark.title, None, None, None, note, asked, 0, {}))
     _write_results(folder, rows, failures)
     print(terminal(rows))

@@ -100,9 +100,8 @@ def replace_groups_without_spread(
     sample: Callable[[Batch], Groups],
     lap: Callable[[str], None],
 ) -> tuple[Groups, int]:
-    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal have no advantage in
-    GRPO (with credit=turn: whose rewards to go are, in both turns); the first groups of further batches that have one
-    take their places.
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups that teach nothing about the task (`have_spread`)
+    give their places to the first groups of further batches that do.
 
     At most `rollout.resample_limit` batches are taken; what is then still missing stays as it was. Of several processes
     each replaces groups of its own share, and all draw until none lacks any: they sample, and read their data,
@@ -121,14 +120,15 @@ def replace_groups_without_spread(
         lap("reward_wait")
     chosen = useful[:wanted]
     chosen = sorted(chosen + [(0, row) for row in range(wanted) if (0, row) not in chosen][: wanted - len(chosen)])
+    decoded = [part for groups in drawn for part in groups.decoded]
     if all(number == 0 for number, _ in chosen):
-        return first, 0
+        return first._replace(decoded=decoded), 0
     columns = zip(*(groups.rollouts for groups in drawn), strict=True)
     groups = Groups(
         batch=stack([_example(drawn[number].batch, row) for number, row in chosen]),
         rollouts=RolloutBatch(*(np.stack([column[number][row] for number, row in chosen]) for column in columns)),
         pending=[drawn[number].pending[row] for number, row in chosen],
-        decoded=[part for groups in drawn for part in groups.decoded],
+        decoded=decoded,
     )
     return groups, sum(number > 0 for number, _ in chosen)
 
@@ -147,8 +147,9 @@ def _with_spread(groups: Groups, config: Config, placement: Placement) -> list[i
 
 
 def have_spread(rewards: Sequence[Sequence[RolloutReward]], credit: str) -> np.ndarray:
-    """bool [B], which groups teach GRPO something, as `learner.credit` compares their rollouts. The task's rewards are
-    compared, as DAPO compares which answers are right: a group whose answers differ in length alone has no spread."""
+    """bool [B], in which groups the task's rewards differ (with credit=turn: those to go, in either turn): where they
+    are equal GRPO has no advantage. Overlong penalties are left out, as DAPO compares which answers are right: they
+    would give a group an advantage that is about length alone."""
     earned = np.array([[(reward.task1, reward.task2) for reward in row] for row in rewards])
     second = np.array([[reward.turns == 2 for reward in row] for row in rewards])
     return groups_with_spread(earned, second, credit)

@@ -95,10 +95,12 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one.
 
     On SIGTERM, or the first Ctrl-C of a single process, the current phase is finished, the rest of its step given up,
-    and the last whole step saved; after Ctrl-C this raises KeyboardInterrupt. `loaded.trained` is taken over when no
-    reference shares it, and is then gone.
+    and the last whole step saved; after Ctrl-C this raises KeyboardInterrupt, unless that was the last step.
+    `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     check_training(config)
+    if leads():
+        check_folder(config)
     if config.learner.kl == "loss" and config.learner.kl_estimator == "k1" and leads():
         advice = "its gradient is 0 on average; use k2 or k3, or learner.kl=reward"
         print(f"revseg: warning: learner.kl_estimator=k1 in the loss regularises nothing: {advice}", file=sys.stderr)
@@ -109,9 +111,8 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     alone = jax.process_count() == 1
     with heed_sigterm(ctrl_c=alone) as interruption, closing(open_run()) as run, telling_others():
         state = run_steps(config, loaded, client, source, run, interruption)
-    if interruption.by_ctrl_c:
-        print(f"revseg: step {int(state.step)} is saved: the same command goes on from there", file=sys.stderr)
-        raise KeyboardInterrupt
+    if interruption.by_ctrl_c and int(state.step) < config.run.steps:
+        raise KeyboardInterrupt(f"step {int(state.step)} is saved: the same command goes on from there")
     return state
 
 

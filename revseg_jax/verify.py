@@ -34,8 +34,11 @@ def main(run: str, steps: int) -> None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=again, steps=steps, **only))
         if config.run.deterministic:
             use_deterministic_kernels()
-        with tracker_client(config) if weights_from(config.rewards).mask > 0 else nullcontext() as client:
-            taken = int(train(config, load_engine(config), client).step)
+        try:
+            with tracker_client(config) if weights_from(config.rewards).mask > 0 else nullcontext() as client:
+                taken = int(train(config, load_engine(config), client).step)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was compared: verify starts anew") from None
         if taken < steps:  # what was saved is gone with the folder
             raise RunFailure(f"stopped after {taken} of {steps} steps, nothing was compared: verify starts anew")
         difference = first_difference(recorded[:steps], read_records(Path(again) / "digests.jsonl"))

@@ -128,11 +128,18 @@ def test_numbers_that_are_not_those_that_were_saved_are_damage(two, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8"])
-def test_checksums_are_those_of_the_bits(dtype):
+def test_checksums_are_those_of_the_bits_and_their_places(dtype):
     array = np.random.default_rng(1).normal(size=(13, 7)) * 100
     array = np.asarray(jnp.asarray(array).astype(dtype))
-    words = array.view(f"uint{8 * array.itemsize}")
-    assert checksums({"a": {"b": array}}) == {"a.b": sum(int(word) for word in words.ravel()) % 2**32}
+    total = 0
+    for place, word in enumerate(array.view(f"uint{8 * array.itemsize}").ravel().tolist()):
+        word ^= place * 0x9E3779B1 % 2**32
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's fmix32
+            word = (word ^ word >> shift) * factor % 2**32
+        total += word ^ word >> 16
+    assert checksums({"a": {"b": array}}) == {"a.b": total % 2**32}
+    others = [array[::-1], array.T, -array, array.reshape(7, 13)[:, ::-1].reshape(13, 7)]
+    assert len({total % 2**32} | {checksums([other.copy()])["0"] for other in others}) == 5
 
 
 @pytest.mark.parametrize("of", ["arrays", "iterator"])

@@ -489,7 +489,7 @@ wait $task
 exit $?
 """
 SCANCEL = """#!/usr/bin/env bash
-[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat "$HOME/task")"
+[[ $* == "--signal=TERM 7.1" ]] && kill -TERM "$(cat "$HOME/task")"
 """
 
 

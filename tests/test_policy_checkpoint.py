@@ -192,6 +192,7 @@ def test_what_is_wrong_in_all_layers_is_said_once(broken):
     assert "model.layers.{0-1}.mlp.up_proj.weight is missing" in str(caught.value)
     assert "visual.blocks.{0-2}.mlp.up_proj.base_layer.bias is unexpected" in str(caught.value)
     assert in_one_line(["a.0.b is gone", "c", "a.2.b is gone", "a.7.b"]) == "a.{0,2}.b is gone; c; a.7.b"
+    assert in_one_line(["c", "c", "a.5.b", "a.5.b"]) == "c; a.5.b"
 
 
 def test_an_adapter_is_no_policy(broken):

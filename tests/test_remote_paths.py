@@ -91,6 +91,9 @@ def test_the_tilde_of_a_value_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path_of("~/runs/a") == local_only("~/runs/a") == tmp_path / "runs/a"
     assert path_of("gs://b/~") != path_of("~") and path_of("a/~") == Path("a/~")
+    config = load_config(None, ["run.dir=~/r", "data.train=[~/a,b]", "tracker.token_file=~/t", "policy.path=gs://b/~"])
+    assert (config.run.dir, config.data.train) == (f"{tmp_path}/r", [f"{tmp_path}/a", "b"])
+    assert (config.tracker.token_file, config.policy.path) == (f"{tmp_path}/t", "gs://b/~")
 
 
 def state_at(step: int) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -15,7 +16,9 @@ from dataset_trees import HEIGHT, WIDTH
 from PIL import Image
 from prepared_datasets import jf
 
+from revseg_jax import evaluate
 from revseg_jax.cli import main
+from revseg_jax.config import load_config
 from revseg_jax.data.clip import decode_mask, encode_mask
 from revseg_jax.data.prepare import prepare
 from revseg_jax.data.records import FOREGROUND, VOID, VideoExpression, VideoTruth
@@ -130,7 +133,7 @@ def test_reason_vos_lies_as_its_own_scripts_have_it(tmp_path, data):
         rows(data, "reason_vos", tmp_path / "by_video")
 
 
-def test_what_prepare_left_out_is_said(tmp_path):
+def test_what_prepare_left_out_is_said(tmp_path, monkeypatch):
     """Beside the numbers; and no server gets a part of a benchmark."""
     root = trees.mevis(tmp_path / "in")
     for split in ("valid", "valid_u"):
@@ -145,6 +148,13 @@ def test_what_prepare_left_out_is_said(tmp_path):
     assert not (tmp_path / "s.zip").exists()
     found = rows_of(BENCHMARKS["mevis_valid_u"], [], left_out(tmp_path / "mevis", "valid_u"))
     assert re.search(words, found[0].protocol)
+    # What was computed for days is not lost for want of a zip.
+    monkeypatch.setattr(evaluate, "_predict_all", lambda config, data, folder, sampled: {})
+    config = load_config(None, ["run.dir=.", f"data.test=[{tmp_path / 'mevis'}]"])
+    shutil.copytree(tmp_path / "p", tmp_path / "out/mevis/predictions")
+    (row,) = evaluate.main(config, ["mevis"], str(tmp_path / "out"))
+    assert re.search(f"no zip for the server: {words}", row.protocol) and (tmp_path / "out/results.md").exists()
+    assert not (tmp_path / "out/mevis/submission.zip").exists()
 
 
 def test_training_and_held_out_scores_need_truth(data):

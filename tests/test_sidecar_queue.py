@@ -107,6 +107,26 @@ def test_a_full_sidecar_is_left_for_one_that_has_room(serving):
         busy.result(300)
 
 
+def test_a_full_sidecar_is_given_time_though_another_is_away(serving, monkeypatch):
+    service, port = serving(Limits(max_calls=1))
+    monkeypatch.setattr(connection, "LEFT_OUT_SECONDS", 0.1)
+    hints, read = [], connection.retry_hint
+    monkeypatch.setattr(connection, "retry_hint", lambda error: hints.append(read(error)) or hints[-1])
+    clip, truth = moving_shapes(1), np.ones((1, HEIGHT, WIDTH), bool)
+    with TrackerClient([f"127.0.0.1:{port}"]) as first:
+        first.info()
+        with (
+            TrackerClient([f"127.0.0.1:{port}", "127.0.0.1:1"], patience_seconds=3.0) as client,
+            service.engine.turns.arrive().turn(),
+        ):
+            busy = first.score_async(clip, [(0, BOX)], truth)
+            until(lambda: service.calls == 1)
+            with pytest.raises(SidecarAway):
+                client.score(clip, [(0, BOX)], truth)
+            assert 3 < len(hints) < 40  # refused by either; without a pause it is thousands
+        busy.result(300)
+
+
 def calls(log: Path) -> list[dict]:
     """What a sidecar has logged of the calls it took."""
     lines = map(json.loads, log.read_text().splitlines())

@@ -248,16 +248,16 @@ def embeddings_differ(folder: Path) -> bool:
 
 def in_one_line(problems: Sequence[str]) -> str:
     """All of them; what is said alike of several layers is said once, of `layers.{0-27}`."""
-    said: dict[tuple[str, str], list[str]] = {}
+    said: dict[tuple[str, str], set[str]] = {}
     for problem in problems:
         before, number, after = (re.split(r"(?<=\.)(\d+)(?=\.)", problem, maxsplit=1) + ["", ""])[:3]
-        said.setdefault((before, after), []).append(number)
+        said.setdefault((before, after), set()).add(number)
     return "; ".join(f"{before}{_numbers(found)}{after}" for (before, after), found in said.items())
 
 
-def _numbers(found: Sequence[str]) -> str:
+def _numbers(found: set[str]) -> str:
     if len(found) == 1:
-        return found[0]
+        return next(iter(found))
     numbers = sorted(map(int, found))
     whole = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"

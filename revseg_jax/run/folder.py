@@ -30,7 +30,7 @@ from revseg_jax.run.mirror import Mirror
 # change the bits, and those by rounding alone.
 MAY_CHANGE = frozenset(
     """
-    policy.path data.train tracker.checkpoint tracker.config
+    data.train tracker.checkpoint tracker.config
     run.dir run.steps run.checkpoint_every run.keep_checkpoints run.keep_best run.traces_every run.evaluate_every
     run.wandb rollout.prompts_per_batch policy.remat learner.prompts_per_microbatch learner.logprob_chunk
     learner.max_bad_steps data.workers
@@ -234,8 +234,12 @@ def _settings(config: Config) -> dict[str, str]:
             else:
                 yield f"{prefix}{name}", str(value)
 
-    test = [os.path.realpath(folder) if not is_remote(folder) else folder for folder in config.data.test]
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=test))
+    def place(name: str) -> str:
+        return name if is_remote(name) or name == "embedded" else os.path.realpath(name)
+
+    data = dataclasses.replace(config.data, test=list(map(place, config.data.test)))
+    policy = dataclasses.replace(config.policy, path=place(config.policy.path))
+    config = dataclasses.replace(config, data=data, policy=policy)
 
     settings = flatten(dataclasses.asdict(config), "")
     return {key: value for key, value in settings if key not in MAY_CHANGE and not key.startswith("mesh.")}

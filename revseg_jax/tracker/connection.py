@@ -156,7 +156,8 @@ class Connections:
                 if endpoint in full:  # the clip's own one, which may hold its features, is asked twice
                     now = time.monotonic()
                     endpoint.left_out_until = now + wait
-                    wait = max(0.0, min(other.left_out_until for other in self.endpoints) - now)
+                    others = (other.left_out_until for other in self.endpoints if other not in failed)
+                    wait = max(0.0, min(others) - now)
                 full.add(endpoint)
             known = any(other.answered for other in self.endpoints)
             patience = self.patience_seconds if known else min(FIRST_CONTACT_SECONDS, self.patience_seconds)

@@ -33,9 +33,10 @@ if [[ $SLURM_SIDECAR_CHECKPOINT ]]; then
     mapfile -t tracker < <(tracker_arguments "$SECRETS" "${nodes[@]}")
 fi
 
-# SIGTERM makes srun kill its tasks with SIGKILL: the signal goes to the tasks of the job's steps by Slurm itself.
+# SIGTERM makes srun kill its tasks with SIGKILL: the signal goes to the tasks by Slurm itself. The sidecars, whose step is
+# the job's first, stay: the trainers may be waiting for them.
 # shellcheck disable=SC2329 # preemptible calls it
-pass_on() { scancel --signal=TERM "$SLURM_JOB_ID"; }
+pass_on() { scancel --signal=TERM "$SLURM_JOB_ID.$((${#tracker[@]} > 0))"; }
 export XLA_PYTHON_CLIENT_MEM_FRACTION=$MEMORY_FRACTION JAX_COMPILATION_CACHE_DIR=$COMPILATION_CACHE
 code=0
 run preemptible srun --kill-on-bad-exit=1 \
