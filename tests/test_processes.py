@@ -123,7 +123,7 @@ def assert_same_training(folder, alone):
 def alone(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "alone"
     out = finish(start(overrides, folder, 1, f"run.steps={STEPS}"))
-    assert re.search(r"step 2 of 2: parameters [0-9a-f]{16}", out)
+    assert re.search(r"step 2 of 2, digest of the parameters [0-9a-f]{16}", out)
     return folder
 
 
