@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from revseg_jax.compilation.hlo import largest_arrays, parse
-from revseg_jax.compilation.programs import StepPrograms, make_programs
+from revseg_jax.compilation.programs import StepPrograms, chip_bytes, make_programs
 from revseg_jax.compilation.roofline import Estimate, Pod, estimate
-from revseg_jax.compilation.topologies import GPUS, describe
+from revseg_jax.compilation.topologies import GPUS, describe, make_pod
 from revseg_jax.compilation.work import open_loops, program_work
 from revseg_jax.config import Config
 from revseg_jax.errors import InputError, RunFailure
@@ -46,8 +46,8 @@ class Compiled:
 def main(config: Config, topology: str, names: list[str], as_json: bool) -> None:
     """names: of programs; none: all of them. Raises RunFailure, after what was found is printed, when the step does not
     fit into a chip's memory."""
-    pod, devices = describe(topology, config.mesh.slice)
-    programs = make_programs(config, make_placement(config.mesh, devices))
+    placement = make_placement(config.mesh, describe(topology, config.mesh.slice))
+    programs, pod = make_programs(config, placement), make_pod(topology, config.mesh.slice, placement.mesh)
     names = names or list(programs.names)
     if absent := [name for name in names if name not in programs.names]:
         raise InputError(f"--programs {absent[0]} is not one of all, {', '.join(programs.names)}")
@@ -100,10 +100,9 @@ def summary(programs: StepPrograms, pod: Pod, compiled: dict[str, Compiled]) -> 
     memory = programs.memory()
     resident = {name: size for name, size in memory.items() if name not in ("sampler", "kv_cache")}
     sampling = memory["sampler"] + memory["kv_cache"]
-    peaks = {
-        name: sum(resident.values()) + one.temporary + (sampling if name in SAMPLING else 0)
-        for name, one in compiled.items()
-    }
+    fetched = chip_bytes(programs.reference) if programs.config.learner.reference == "host" else 0
+    beside = dict.fromkeys(SAMPLING, sampling) | {"score": fetched}
+    peaks = {name: sum(resident.values()) + one.temporary + beside.get(name, 0) for name, one in compiled.items()}
     largest = max(peaks, key=peaks.get)
     kinds = {**memory, "activations": compiled[largest].temporary, "peak": peaks[largest], "hbm": pod.chip.hbm}
     buffers = [(f"temporary arrays of {largest}", compiled[largest].temporary), *programs.largest_arguments(NAMED)]

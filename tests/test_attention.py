@@ -290,7 +290,7 @@ from revseg_jax.parallel.sharding import make_placement
 from revseg_jax.policy.attention import AttentionChoice, attention, suffix_attention
 
 kernel = f'custom_call_target="{sys.argv[2]}'
-_, devices = describe(sys.argv[1], 1)
+devices = describe(sys.argv[1], 1)
 placement = make_placement(MeshConfig(tensor=2), devices)
 parts, rows = (NamedSharding(placement.mesh, P("fsdp", None, *last)) for last in (("tensor",), ()))
 decoder, tower = (True, 8, 2, 128), (False, 4, 4, 80)

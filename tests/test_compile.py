@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from revseg_jax.cli import main
@@ -197,32 +198,54 @@ def test_groups_along_a_part_of_an_axis():
 
 
 def test_the_roofline_takes_the_slower_of_arithmetic_and_memory():
-    pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 1)
+    pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, tuple(np.ndindex(4, 4, 4)), 1)
     found = estimate(program_work(parse(POD_PROGRAM)), pod, lambda work: 0.0)
     kernel = (28 * 512 * 256 * 2 + 256 * 128 * 4) / 2765e9
     layer = max(2 * 128 * 512 * 256 / 459e12, (512 * 256 + 2 + 128 * 256) * 2 / 2765e9)
     batched = max(8 * 2 * 16 * 32 * 64 / 459e12, 8 * (16 * 32 + 32 * 64 + 16 * 64) * 2 / 2765e9)
     assert found.compute_seconds == pytest.approx(28 * (kernel + layer) + batched)
     assert found.collective_bytes == {"all-gather": 28 * 128 * 512 * 2, "reduce-scatter": 64 * 128 * 4}
-    # Two chips share a ring of one axis, both directions; half of the array comes from the other.
-    ring = 2 * 9e10
-    assert found.collective_seconds == pytest.approx(28 * 65536 / ring + 64 * 128 * 4 * 3 / 4 / ring)
+    # Half of the array comes from the other of two neighbours, by one link; four fill a ring, in both directions.
+    assert found.collective_seconds == pytest.approx(28 * 65536 / 9e10 + 64 * 128 * 4 * 3 / 4 / (2 * 9e10))
     assert found.seconds == max(found.compute_seconds, found.collective_seconds)
 
 
 def test_larger_groups_use_more_axes_and_other_slices_the_network():
-    pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, (4, 4, 4), 2)
+    pod = Pod("v5p:4x4x4", CHIPS["v5p"], 459e12, tuple(np.ndindex(4, 4, 4)) * 2, 2)
     size = 1e9
     within = pod.collective_seconds("all-gather", size, tuple(range(64)))
     assert within == pytest.approx(size * 63 / 64 / (3 * 2 * 9e10))
     assert pod.collective_seconds("all-reduce", size, tuple(range(64))) == pytest.approx(2 * within)
     assert pod.collective_seconds("all-gather", size, (0, 64)) == pytest.approx(size / 2 / 6.25e9)
-    open_ended = Pod("v5e:4x4", CHIPS["v5e"], 197e12, (4, 4), 1)  # 4 chips in a row close to no ring
+    open_ended = Pod("v5e:4x4", CHIPS["v5e"], 197e12, tuple(np.ndindex(4, 4)), 1)  # 4 in a row close to no ring
     assert open_ended.collective_seconds("all-gather", size, (0, 1, 2, 3)) == pytest.approx(size * 3 / 4 / 4.5e10)
+    no_cube = Pod("v5p:2x2x4", CHIPS["v5p"], 459e12, tuple(np.ndindex(2, 2, 4)), 1)  # optical switches close cubes only
+    assert no_cube.collective_seconds("all-gather", size, (0, 1, 2, 3)) == pytest.approx(size * 3 / 4 / 9e10)
+    part = Pod("v5e:8x16", CHIPS["v5e"], 197e12, tuple(np.ndindex(8, 16)), 1)  # of an axis that does close
+    assert part.collective_seconds("all-gather", size, tuple(range(8))) == pytest.approx(size * 7 / 8 / 4.5e10)
+    assert part.collective_seconds("all-gather", size, tuple(range(16))) == pytest.approx(size * 15 / 16 / 9e10)
+    # Half of what 16 chips hold crosses the middle of their ring, by two links in either direction.
+    crossing = 16 / 2 * size / 2 / (2 * 4.5e10)
+    assert part.collective_seconds("all-to-all", size, tuple(range(16))) == pytest.approx(crossing)
+
+
+def test_collectives_between_slices_are_the_hosts():
+    """As libtpu writes them for two slices of four chips."""
+    line = (
+        "%s = (f32[208,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%p), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}"'
+        ',_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    work = collective_of(line)
+    assert (work.kind, work.slices, work.bytes) == ("all-reduce", 2, 208 * 8 * 128 * 4)
+    assert collective_of(line.replace("{1,2}x", "{1:4}x").replace("ALL_REDUCE", "ALL_GATHER")).bytes == 4 * work.bytes
+    pod = Pod("v5e:2x2", CHIPS["v5e"], 197e12, tuple(np.ndindex(2, 2)) * 2, 2)
+    assert estimate([work], pod, lambda _: 0.0).collective_seconds == pytest.approx(work.bytes / 3.125e9)
 
 
 def test_gpus_of_a_machine_are_joined_by_a_switch():
-    pod = Pod("h200:8", CHIPS["h200"], 989e12, (8,), 2)
+    pod = Pod("h200:8", CHIPS["h200"], 989e12, tuple(np.ndindex(8)) * 2, 2)
+    assert pod.collective_seconds("all-to-all", 1e9, tuple(range(8))) == pytest.approx(1e9 * 7 / 8 / 4.5e11)
     for group in ((0, 1), (0, 3, 5, 7), tuple(range(8))):
         expected = 1e9 * (len(group) - 1) / len(group) / 4.5e11
         assert pod.collective_seconds("all-gather", 1e9, group) == pytest.approx(expected)

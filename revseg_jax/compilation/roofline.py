@@ -5,9 +5,9 @@ What the model assumes, and where it is too kind:
   of the two, and instructions run one after the other. Real products of these sizes reach 70 to 90 % of the peak.
 - Arithmetic that is not a matrix product costs nothing beyond the memory it touches; latencies cost nothing.
 - Inside a fusion only operands and results touch the chip's memory.
-- A collective runs on bidirectional rings over as many axes of the torus as its group needs, filling one axis after the
-  other, at the links' sustained rate; all collectives run behind the arithmetic when they take less time than it
-  (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
+- A collective runs over the axes of the torus along which its group's chips lie, at the links' sustained rate, twice
+  that where they fill an axis that closes to a ring; all collectives run behind the arithmetic when they take less time
+  than it (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
 - A Pallas attention kernel computes whole blocks of its mask, at the peak rate, and cuDNN's what its mask shows.
 - Between the GPUs of a machine there is a switch: each has its whole rate to any other.
 - A loop whose length depends on the data (decoding) runs to its limit; a conditional takes its dearer branch (every
@@ -35,7 +35,8 @@ class Chip:
       hbm_rate: bytes/s
       link_rate: bytes/s of one link in one direction
       network_rate: bytes/s of one chip to other slices
-      ring: an axis of the torus closes to a ring, which doubles its rate, when its size is a multiple of this
+      ring: an axis of the torus closes to a ring, which doubles its rate, when its size is a multiple of this; with
+        three axes all of them must be, as optical switches close whole cubes only
     """
 
     hbm: float
@@ -62,48 +63,54 @@ class Pod:
     name: such as "v5p:4x4x4" or "h200:8"
     chip: its numbers
     peak: bfloat16 FLOP/s of a chip
-    torus: chips along each axis of a slice; of a machine's GPUs one axis
+    coordinates: of each partition's chip in the torus of its slice, slice by slice; of a machine's GPUs their numbers
     slices: how many
     """
 
     name: str
     chip: Chip
     peak: float
-    torus: tuple[int, ...]
+    coordinates: tuple[tuple[int, ...], ...]
     slices: int
 
     @property
     def chips(self) -> int:
-        return math.prod(self.torus) * self.slices
+        return len(self.coordinates)
 
-    def collective_seconds(self, kind: str, size: float, group: tuple[int, ...]) -> float:
-        """size: bytes of the whole array on one chip, before a reduction or after a gathering."""
+    def collective_seconds(self, kind: str, size: float, group: tuple[int, ...], slices: int = 0) -> float:
+        """size: bytes of the whole array on one chip, before a reduction or after a gathering. slices: between which it
+        runs, when that is all that is known; 0: the group says."""
         group = group or tuple(range(self.chips))
-        count = len(group)
+        count = slices or len(group)
         if count < 2:
             return 0.0
         per_slice = self.chips // self.slices
-        if max(group) // per_slice != min(group) // per_slice:
+        apart = slices or max(group) // per_slice != min(group) // per_slice
+        switched = apart or math.isinf(self.chip.ring)
+        if apart:
             rate = self.chip.network_rate
         elif kind == "collective-permute":
             rate = self.chip.link_rate
         else:
-            rate = self._ring_rate(count)
+            rate = self._torus_rate(group)
         share = size * (count - 1) / count
         if kind == "all-reduce":
             return 2 * share / rate
-        if kind.endswith("all-to-all"):
-            return share / 4 / rate
+        if kind.endswith("all-to-all") and not switched:  # what crosses the middle of a ring: half of all, both ways
+            return size * count / 4 / rate
         return (size if kind == "collective-permute" else share) / rate
 
-    def _ring_rate(self, count: int) -> float:
-        """Bytes/s into a chip of a group of so many, on as many axes as hold it."""
-        rate, held = 0.0, 1
-        for size in sorted(self.torus, reverse=True):
-            if size == 1 or held >= count:
-                continue
-            rate += self.chip.link_rate * (2 if size % self.chip.ring == 0 else 1)
-            held *= size
+    def _torus_rate(self, group: tuple[int, ...]) -> float:
+        """Bytes/s into a chip of the group, over the axes along which its chips lie."""
+        sizes = [max(places) + 1 for places in zip(*self.coordinates, strict=True)]
+        closed = [size % self.chip.ring == 0 for size in sizes]
+        if sum(size > 1 for size in sizes) > 2 and not all(closed):
+            closed = [False] * len(sizes)
+        rate = 0.0
+        for axis, size in enumerate(sizes):
+            held = len({self.coordinates[chip][axis] for chip in group})
+            if held > 1:
+                rate += self.chip.link_rate * (2 if closed[axis] and held == size else 1)
         return rate or self.chip.link_rate
 
 
@@ -147,7 +154,7 @@ def estimate(works: Iterable[Work], pod: Pod, kernel_flops: Callable[[Work], flo
             total.bytes += work.times * work.bytes
             total.compute_seconds += seconds
         else:
-            seconds = work.times * pod.collective_seconds(work.kind, work.bytes, work.group)
+            seconds = work.times * pod.collective_seconds(work.kind, work.bytes, work.group, work.slices)
             total.collective_bytes[work.kind] += work.times * work.bytes
             total.collective_seconds += seconds
         total.by_source[work.kind, work.source] += seconds

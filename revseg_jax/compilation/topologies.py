@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import Mesh
 
 from revseg_jax.compilation.roofline import CHIPS, Pod
 from revseg_jax.errors import InputError
@@ -44,9 +45,17 @@ GPUS = {
 }
 
 
-def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
-    """The pod and descriptions of its chips. topology: "v5p:4x4x4", or "h200:8" for the GPUs of a machine; slices: how
-    many of these. Raises InputError for one that the compiler does not know."""
+def make_pod(topology: str, slices: int, mesh: Mesh) -> Pod:
+    """topology, slices: as `describe` takes them; mesh: of the devices that it gave."""
+    kind, devices = topology.partition(":")[0], mesh.devices.flat
+    per_slice = mesh.size // slices
+    places = (tuple(d.coords) if kind not in GPUS else (n % per_slice,) for n, d in enumerate(devices))
+    return Pod(topology, CHIPS[kind], peak_flops(devices[0].device_kind), tuple(places), slices)
+
+
+def describe(topology: str, slices: int) -> list[jax.Device]:
+    """Descriptions of the chips. topology: "v5p:4x4x4", or "h200:8" for the GPUs of a machine; slices: how many of
+    these. Raises InputError for one that the compiler does not know."""
     from jax.experimental import topologies
 
     # A program for another machine is of no use to the cache of this one's.
@@ -70,8 +79,7 @@ def describe(topology: str, slices: int) -> tuple[Pod, list[jax.Device]]:
         found = topologies.get_topology_desc(**options)
     except Exception as error:  # the plugins' own kinds
         raise InputError(f"topology {topology}: {str(error).splitlines()[0]}") from None
-    peak = peak_flops(found.devices[0].device_kind)
-    return Pod(topology, CHIPS[kind], peak, tuple(map(int, sizes.split("x"))), slices), found.devices
+    return found.devices
 
 
 def _target(kind: str) -> str:

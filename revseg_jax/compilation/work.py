@@ -36,6 +36,7 @@ class Work:
       times: how often it runs
       group: of a collective, the partitions that take part in it with partition 0's
       arrays: of a kernel, its operands
+      slices: of a collective between slices of a pod, how many; 0 for others
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Work:
     times: float
     group: tuple[int, ...] = ()
     arrays: tuple[Array, ...] = ()
+    slices: int = 0
 
 
 def program_work(program: Program, unknown_trips: float = 1) -> list[Work]:
@@ -63,6 +65,8 @@ def _computation_work(program: Program, name: str, times: float, unknown_trips: 
     computation, found = program.computations[name], []
     for instruction in computation.instructions.values():
         opcode = instruction.opcode
+        if opcode == "send" and (between := _between_slices(instruction, times)):
+            found.append(between)
         if opcode in FREE or opcode.endswith("-done"):
             continue
         if opcode == "while":
@@ -119,6 +123,17 @@ def _instruction_work(computation: Computation, instruction: Instruction, times:
 def _collective_work(computation: Computation, kind: str, instruction: Instruction, times: float) -> Work:
     moved = collective_bytes(computation, instruction)
     return Work(kind, instruction.source, 0.0, moved, times, partition_group(instruction.attributes))
+
+
+def _between_slices(instruction: Instruction, times: float) -> Work | None:
+    """The collective between slices that a send begins: libtpu hands these to the host."""
+    said = re.search(r'megascale_target="\{([\d,:]+)\}.*megascale_transfer_type="(\w+)"', instruction.attributes)
+    if not said:
+        return None
+    ends = [part.split(":") for part in said[1].split(",")]  # numbers, or ranges with both ends
+    kind, slices = said[2].lower().replace("_", "-"), sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    moved = instruction.arrays[0].bytes * (slices if kind == "all-gather" else 1)
+    return Work(kind, instruction.source, 0.0, moved, times, slices=slices)
 
 
 def _fusion_work(program: Program, computation: Computation, instruction: Instruction, times: float) -> list[Work]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from revseg_jax.config import LearnerConfig
 from revseg_jax.policy.config import ModelConfig, TextConfig, VisionConfig
 from revseg_jax.rollout.batch import RolloutBatch
 
-# Peak FLOP/s of one device in bfloat16 without sparsity, by a part of JAX's name for it; makers' data sheets. The first
-# that fits counts.
+# Peak FLOP/s of one device in bfloat16 without sparsity, by a part of JAX's name for it that no digit follows; from the
+# makers' data sheets. The first that fits counts.
 PEAKS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -17,15 +19,18 @@ PEAKS = (
     ("TPU v6", 918e12),
     ("TPU7x", 1153.5e12),  # a chip is two devices
     ("A100", 312e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
     ("H100", 989e12),
     ("H200", 989e12),
+    ("GB200", 2500e12),
     ("B200", 2250e12),
 )
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Of one device; None for a CPU and whatever else is not in the table."""
-    return next((peak for name, peak in PEAKS if name in device_kind), None)
+    return next((peak for name, peak in PEAKS if re.search(rf"{name}(?!\d)", device_kind)), None)
 
 
 def update_flops(model: ModelConfig, config: LearnerConfig, batch: RolloutBatch) -> float:

@@ -6,12 +6,12 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 arguments "$@"
 no_arguments
-settings NAME PROJECT ZONE CLUSTER ACCELERATOR SLICES IMAGES TAG MAX_RESTARTS SIDECARS
+settings NAME PROJECT ZONE CLUSTER ACCELERATOR SLICES IMAGES TAG MAX_RESTARTS SIDECARS GRACE_SECONDS
 tools xpk
 ((SIDECARS == 0)) || fail 2 "xpk mounts no secrets for sidecars: use gke/train.sh, or set SIDECARS=0 and rewards.mask=0"
 
 run xpk workload create --workload="$NAME" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
     --tpu-type="$ACCELERATOR" --num-slices="$SLICES" --docker-image="$IMAGES/tpu:$TAG" \
-    --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1,75 \
+    --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1,75 --termination-grace-period-seconds="$GRACE_SECONDS" \
     --env="JAX_COMPILATION_CACHE_DIR=$COMPILATION_CACHE" \
     --command="preemptible.sh revseg train ${TRAIN_ARGUMENTS[*]@Q}"

@@ -46,6 +46,7 @@ for machine in "${machines[@]}"; do
 sudo install -d -m 755 /etc/revseg /opt/revseg
 sudo mv ~/.revseg/{ca.crt,tls.crt,tls.key,token} /etc/revseg/
 sudo chown root:root /etc/revseg/* && sudo chmod 600 /etc/revseg/{tls.key,token}
+sudo chmod 644 /etc/revseg/{ca.crt,tls.crt}
 sudo rm -rf /opt/revseg/revseg_jax
 sudo git clone --quiet ~/.revseg/revseg.bundle /opt/revseg/revseg_jax
 sudo /opt/revseg/revseg_jax/tpu_scripts/install.sh /opt/revseg sidecar
