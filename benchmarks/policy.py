@@ -5,8 +5,10 @@
 
 Random weights, written into --folder first (default: a temporary one). Every side is a process of its own, so that its
 peak memory is its own; they take turns, and a ratio compares the medians of the same rounds. On a GPU both sides use
-it; `mfu` divides by the fastest matmul of the same type measured there. Prints one JSON object. `--loading` loads the
-checkpoint in a fresh process and reports by how much its peak memory exceeded what the parameters take.
+it, with TF32 in float32 matmuls on both, and peak memory is the GPU's as each side's allocator counts it; `mfu` divides
+by the fastest matmul of the same type measured there. Prints one JSON object; a side that did not run is listed in
+`failed`, its error above. `--loading` loads the checkpoint in a fresh process and reports by how much its peak memory
+exceeded what the parameters take.
 """
 
 from __future__ import annotations
@@ -122,9 +124,11 @@ def ours(folder: Path, dtype: str, frames: int):
         return -jnp.take_along_axis(logprobs, tokens[:, 1 - TAIL :, None], 2).mean()
 
     forward, backward = jax.jit(logits), jax.jit(jax.value_and_grad(loss))
+    device = jax.devices()[0]
     return (
         lambda: np.asarray(forward(policy, *inputs)[0, -1, :8]),
         lambda: float(jax.block_until_ready(backward(state, *inputs))[0]),
+        lambda: memory("VmHWM") if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"],
     )
 
 
@@ -135,6 +139,7 @@ def torchs(folder: Path, dtype: str, frames: int, compiled: bool):
     from revseg_jax.policy.config import read_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # TF32, which XLA takes on GPUs
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
@@ -167,7 +172,7 @@ def torchs(folder: Path, dtype: str, frames: int, compiled: bool):
             torch.cuda.synchronize()
         return loss.item()
 
-    return forward, backward
+    return forward, backward, torch.cuda.max_memory_allocated if device == "cuda" else lambda: memory("VmHWM")
 
 
 def memory(field: str) -> int:
@@ -180,21 +185,22 @@ def worker(arguments: argparse.Namespace) -> None:
     """Answers each line of the input, "forward" or "backward", by the seconds one call took and what it returned."""
     make = ours if arguments.worker == "ours" else torchs
     extra = () if make is ours else (arguments.worker == "torch.compile",)
-    forward, backward = make(arguments.folder, arguments.dtype, arguments.frames, *extra)
+    forward, backward, peak = make(arguments.folder, arguments.dtype, arguments.frames, *extra)
     for line in sys.stdin:
         begin = time.perf_counter()
         value = np.asarray({"forward": forward, "backward": backward}[line.strip()]())
         took = time.perf_counter() - begin
-        print(json.dumps({"seconds": took, "value": value.tolist(), "peak_bytes": memory("VmHWM")}), flush=True)
+        print(json.dumps({"seconds": took, "value": value.tolist(), "peak_bytes": peak()}), flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     processes = {}
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the sides share a GPU
     for side in arguments.sides:
         command = [sys.executable, __file__, "--worker", side, "--folder", str(arguments.folder)]
         command += ["--dtype", arguments.dtype, "--frames", str(arguments.frames)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes[side] = subprocess.Popen(command, **pipes)
+        processes[side] = subprocess.Popen(command, env=environment, **pipes)
 
     def ask(side: str, what: str) -> dict | None:
         process = processes[side]
@@ -221,6 +227,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             "first_seconds": {side: first[side]["seconds"] for side in running},
             "peak_bytes": {side: rounds[-1][side]["peak_bytes"] for side in running},
             "difference_of_results": max(float(np.abs(np.subtract(a, b)).max()) for a in values for b in values),
+            "failed": [side for side in processes if side not in running],
             "best_torch_over_ours": min(others) / times["ours"] if others and "ours" in times else None,
         }
     for process in processes.values():

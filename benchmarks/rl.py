@@ -3,11 +3,12 @@
     python benchmarks/rl.py [--small] [--repeats 3] [--out rl.json]
 
 One model, one prompt of `prefix` text tokens, `group` answers of `answer` tokens each, then one policy-gradient step on
-them, in float32 on this machine. The sides take turns in one process, so that their ratios mean something on a machine
-that does other things too; every repeat is in the JSON. "Per-sample" is this project's own code with the group as so
-many prompts of one rollout each. Torch does what its user writes: `generate` with a cache, then forward and backward of
-the whole sequences, with logits of the answers only. Activation memory is what XLA plans for the update beside its
-inputs and outputs (`memory_analysis`), so it does not depend on the machine.
+them, in float32 on this machine's CPU (a GPU is left alone: torch's side runs on the CPU). The sides take turns in one
+process, so that their ratios mean something on a machine that does other things too; every repeat is in the JSON.
+"Per-sample" is this project's own code with the group as so many prompts of one rollout each. Torch does what its user
+writes: `generate` with a cache, then forward and backward of the whole sequences, with logits of the answers only.
+Activation memory is what XLA plans for the update beside its inputs and outputs (`memory_analysis`), so it does not
+depend on the machine.
 """
 
 from __future__ import annotations
@@ -202,6 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = SMALL if options.small else SIZES
     torch.set_num_threads(options.threads)
+    jax.config.update("jax_platforms", "cpu")
 
     model = torch_model(options.small)
     prompt = np.random.default_rng(0).integers(0, 8000, sizes["prefix"])

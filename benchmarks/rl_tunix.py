@@ -163,6 +163,7 @@ def main() -> None:
         "decode_tokens_a_second": speed,
         "times_tunix_in_decoding": {name: speed[f"ours {name}"] / speed[f"tunix {name}"] for name in names},
         "times_tunix_in_a_whole_rollout": {name: whole[f"tunix {name}"] / whole[f"ours {name}"] for name in names},
+        "device": jax.devices()[0].device_kind,
         "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "google-tunix")},
     }

@@ -40,6 +40,23 @@ def test_ctrl_c_reaches_the_command_alone(tmp_path, seconds):
     wait_for(lambda: not any(map(running, workers)), 10)
 
 
+def test_ctrl_c_in_the_middle_of_a_task_s_start_leaves_nothing_to_wait_for():
+    """Of a task that is known as pending and will never run."""
+    program = """
+from revseg_jax.data.processes import process_pool
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    with process_pool(1) as pool:
+        pool._work_ids.put = interrupted
+        pool.submit(int)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
 def test_a_signal_that_comes_while_garbage_is_collected_is_not_lost(number, raised):
     sent = []

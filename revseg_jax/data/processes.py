@@ -38,14 +38,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Its processes end when this one is killed, which the standard pool does not see to: left alone they would go on
-    writing beside the next start. They all start here, where no Ctrl-C can come between a process and its pool."""
+    writing beside the next start. They all start here, where no Ctrl-C can come between a process and its pool.
+
+    At the end what has not begun is cancelled. The standard pool would do it first, and wait without an end for a task
+    of which a Ctrl-C left only half in its books.
+    """
     pool = ProcessPoolExecutor(workers, WorkerContext(), initializer=_end_with_parent)
-    with _ctrl_c_waits():
-        for _ in range(workers):
-            pool.submit(int)  # as long as no process is idle, a task starts one
-    return pool
+    try:
+        with _ctrl_c_waits():
+            for _ in range(workers):
+                pool.submit(int)  # as long as no process is idle, a task starts one
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:

@@ -139,13 +139,9 @@ def _write_parts(work: Path, parts: list[Part], strict: bool, workers: int, prog
             return reports
         with process_pool(min(workers, len(missing))) as pool:
             tasks = {pool.submit(_write_part, work, number, parts[number], strict): number for number in missing}
-            try:
-                for task in as_completed(tasks):
-                    reports[tasks[task]] = task.result()
-                    bar.update(parts[tasks[task]].videos)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+            for task in as_completed(tasks):
+                reports[tasks[task]] = task.result()
+                bar.update(parts[tasks[task]].videos)
     return reports
 
 

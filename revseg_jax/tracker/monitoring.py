@@ -55,6 +55,11 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+def _log_failed_request(_: object, peer: tuple) -> None:
+    """One line where the standard server prints a traceback: whoever only looks whether the port is open causes it."""
+    LOGGER.info("metrics", extra={"fields": {"peer": peer[0], "message": repr(sys.exception())}})
+
+
 def serve_metrics(
     host: str, port: int, tls: ServerTLS | None, gauges: Mapping[str, tuple[str, Callable[[], float]]]
 ) -> tuple[int, Callable[[CallRecord], None]]:
@@ -91,6 +96,7 @@ def serve_metrics(
         raise RunFailure(f"the sidecar cannot serve metrics on {host}:{port}: {error}") from None
     # Handshakes belong to the requests' threads, and end: one that stands still would keep all others from connecting.
     server.RequestHandlerClass = type("Handler", (server.RequestHandlerClass,), {"timeout": REQUEST_SECONDS})
+    server.handle_error = _log_failed_request
     if tls is not None:
         server.socket.do_handshake_on_connect = False
     return server.server_port, lambda record: seconds.labels(record.method, record.code).observe(record.seconds)
