@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from revseg_jax.errors import InputError
-from revseg_jax.parallel.sharding import Placement
+from revseg_jax.parallel.sharding import Placement, constrain
 from revseg_jax.policy.attention_kernels import (
     cudnn_attention,
     cudnn_suffix_attention,
@@ -84,6 +84,8 @@ def attention(
     run = {"xla": plain_attention, "cudnn": cudnn_attention, "splash": splash_attention}[
         choice.resolve(query.dtype, query.shape[1], query.shape[3])
     ]
+    if run is not plain_attention:
+        key, value = spread_alike(choice.placement, query.shape[2], key, value)
     if run is splash_attention and choice.placement is not None:
         run = on_mesh(run, choice.placement, rows=len(query), key_heads=key.shape[2])
     return run(query, key, value, segments, causal)
@@ -163,6 +165,8 @@ def suffix_attention(
     if implementation == "xla":
         causal = jnp.tril(jnp.ones((query.shape[2], query.shape[2]), bool))
         return shared_prefix_attention(query, key, value, causal & real[:, :, None, :], prefix)
+    key, value, *shared = spread_alike(choice.placement, query.shape[3], key, value, *prefix[:2])
+    prefix = *shared, prefix[2]
     if implementation == "cudnn":
         return cudnn_suffix_attention(query, key, value, real, prefix)
     if choice.placement is None:
@@ -203,6 +207,21 @@ def cached_attention(
     prefix = jnp.moveaxis(shared[0], 1, 2), jnp.moveaxis(shared[1], 1, 2), shared[2]
     mixed = suffix_attention(whole, jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 3), filled, prefix, choice)
     return jax.lax.dynamic_slice_in_dim(mixed, slot, length, axis=2)
+
+
+def spread_alike(placement: Placement | None, heads: int, *keys_and_values: jax.Array) -> tuple[jax.Array, ...]:
+    """Keys and values [rows, ..., K, D]; where the mesh divides the queries' heads but not K, each once a query's head,
+    [rows, ..., H, D]: kernels take the same parts of the heads of all three, or all heads."""
+    if placement is None or keys_and_values[0].shape[-2] % placement.parts("key_heads") == 0:
+        return keys_and_values
+    if heads % placement.parts("heads"):
+        return keys_and_values
+
+    def spread(part: jax.Array) -> jax.Array:
+        repeated = jnp.repeat(part, heads // part.shape[-2], axis=-2)
+        return constrain(placement, repeated, "prompts", *[None] * (part.ndim - 3), "heads")
+
+    return tuple(map(spread, keys_and_values))
 
 
 def on_mesh(run: Callable, placement: Placement, rows: int, key_heads: int) -> Callable:
