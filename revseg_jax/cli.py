@@ -68,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further one ends what Python still does at its exit
         print(f"revseg: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         sys.exit(130)
-    except Interrupted:
-        print("revseg: stopped by SIGTERM", file=sys.stderr)
+    except Interrupted as interrupt:
+        print(f"revseg: stopped by SIGTERM{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         sys.exit(143)
     except MemoryError:
         if options.debug:
@@ -273,7 +273,9 @@ def run_compile(options: argparse.Namespace) -> None:
     for name, value in (alone | quiet).items():
         os.environ.setdefault(name, value)
     from revseg_jax import compile
+    from revseg_jax.rollout.loading import spoken_chain
 
+    config = spoken_chain(config, options.config or [], options.overrides)
     names = [] if options.programs == "all" else options.programs.split(",")
     compile.main(config, options.topology, names, options.json)
 

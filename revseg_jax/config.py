@@ -308,10 +308,9 @@ def field_names(of: type, before: str = "") -> list[str]:
 
 def named_fields(section: str, paths: Sequence[str | Path], overrides: Sequence[str]) -> set[str]:
     """The fields of a section that YAML files or `key=value` overrides, which `load_config` has accepted, give."""
-    files = [OmegaConf.load(io.StringIO(config_file(path).read_text("utf-8"))) for path in paths]
-    given = {str(key) for file in files for key in file.get(section) or ()}
-    keys = (override.partition("=")[0] for override in overrides)
-    return given | {key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")}
+    trees = [OmegaConf.load(io.StringIO(config_file(path).read_text("utf-8"))) for path in paths]
+    trees.append(OmegaConf.from_dotlist(list(overrides)))
+    return {str(key) for tree in trees for key in tree.get(section) or ()}
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
@@ -418,17 +417,12 @@ def check_rewards(rewards: RewardsConfig) -> None:
 
 def check_learner(config: Config) -> None:
     """The part of `check` that is about updates."""
-    learner, rewards = config.learner, config.rewards
+    learner = config.learner
     for key, value in (("discount", learner.ppo.discount), ("gae_lambda", learner.ppo.gae_lambda)):
         if not 0 <= value <= 1:
             raise InputError(f"learner.ppo.{key}={value} must lie between 0 and 1")
     if learner.dual_clip and learner.dual_clip <= 1:
         raise InputError(f"learner.dual_clip={learner.dual_clip} must be above 1, or 0 for none")
-    shortest = min((config.chain.turn1_tokens, config.chain.turn2_tokens)[: config.chain.turns])
-    if rewards.overlong_tokens > shortest:
-        raise InputError(
-            f"rewards.overlong_tokens={rewards.overlong_tokens} must not be above the shortest answer limit {shortest}"
-        )
     if learner.algorithm == "grpo" and config.rollout.group_size < 2:
         raise InputError("rollout.group_size=1: grpo compares the rollouts of a group and needs at least 2")
     if config.rollout.resample_limit and config.rollout.group_size < 2:
@@ -444,6 +438,12 @@ def check_training(config: Config) -> None:
     if not config.rollout.temperature or config.rollout.top_k == 1:
         key = "rollout.top_k=1" if config.rollout.temperature else "rollout.temperature=0"
         raise InputError(f"{key}: the rollouts of a group would be the same, and training learn nothing from them")
+    shortest = min((config.chain.turn1_tokens, config.chain.turn2_tokens)[: config.chain.turns])
+    if config.rewards.overlong_tokens > shortest:  # of the policy's own chain, which is read after the config
+        raise InputError(
+            f"rewards.overlong_tokens={config.rewards.overlong_tokens} must not be above the shortest answer limit "
+            f"{shortest}"
+        )
     if config.policy.param_dtype != "float32":
         raise InputError(
             f"policy.param_dtype={config.policy.param_dtype}: steps as small as learner.learning_rate vanish in its "

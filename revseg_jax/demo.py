@@ -10,7 +10,7 @@ from pathlib import Path
 from revseg_jax.config import Config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import REVERSED, prepare_synthetic
-from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.errors import InputError
 from revseg_jax.evaluation.held_out import Evaluation, evaluate_policy
 from revseg_jax.report.html import write_report
 from revseg_jax.rollout.loading import LoadedEngine, load_engine
@@ -39,10 +39,6 @@ def main(config: Config) -> None:
     with tracker_client(config) as client:
         base, base_reversed = evaluate(loaded, loaded.trained, config, client, "base")
         state = train(config, loaded, client)
-        done = int(state.step)
-        if done < config.run.steps:
-            where = f"at step {done} of {config.run.steps}"
-            raise RunFailure(f"the demo was stopped {where} and has no summary yet: the same command goes on")
         trained, trained_reversed = evaluate(loaded, state.trained, config, client, "trained")
 
     summary = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,24 +71,18 @@ def main(
                 record = place / f"{''.join(c if c.isalnum() else '_' for c in cell.name)}.json"
                 if not record.exists():
                     found = score_cell(cell, run, evaluated, client)
-                    if found is None:
-                        print("revseg: stopped by SIGTERM: the same command goes on from there", file=sys.stderr)
-                        return
                     place.mkdir(parents=True, exist_ok=True)
                     write_whole(record, json.dumps(found, indent=2) + "\n")
                 scores[cell.name][seed] = json.loads(record.read_text())
     write_results(table, folder, scores)
 
 
-def score_cell(cell: Cell, run: Config, evaluated: Config, client: TrackerClient) -> dict[str, float] | None:
-    """Trains where the cell says so, evaluates on the test clips; None when training was stopped before its end."""
+def score_cell(cell: Cell, run: Config, evaluated: Config, client: TrackerClient) -> dict[str, float]:
+    """Trains where the cell says so, and evaluates on the test clips."""
     loaded = load_engine(run)
     trained = loaded.trained
     if cell.run:
-        state = train(run, loaded, client)
-        if int(state.step) < run.run.steps:
-            return None
-        trained = state.trained
+        trained = train(run, loaded, client).trained
     encoder = dataclasses.replace(loaded.engine.encoder, chain=evaluated.chain)
     engine = dataclasses.replace(loaded.greedy, encoder=encoder)
     source = ClipSource(evaluated.data.test, evaluated.data.test_split)

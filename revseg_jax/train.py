@@ -81,13 +81,15 @@ def main(config: Config) -> None:
         if config.run.evaluate_every:
             ClipSource(config.data.test, config.data.test_split, with_truth=True)
         with tracker_client(config) if needs_tracker else nullcontext() as client:
-            state = train(config, load_engine(config), client)
+            try:
+                state = train(config, load_engine(config), client)
+            except Interrupted as stopped:  # which is no failure: what has sent it starts the run again
+                if leads():
+                    print(f"revseg: stopped by SIGTERM; {stopped}", file=sys.stderr)
+                return
         # Of several processes none has all parameters.
         known = parameter_digest(state.trained) if jax.process_count() == 1 else "spread over the processes"
     if leads():
-        if int(state.step) < config.run.steps:  # what ends it early and is no failure
-            end = f"step {int(state.step)} is saved: the same command goes on from there"
-            print(f"revseg: stopped by SIGTERM, {end}", file=sys.stderr)
         print(f"{config.run.dir}: step {int(state.step)} of {config.run.steps}, digest of the parameters {known}")
 
 
@@ -95,7 +97,7 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     """Trains to `run.steps`, from the newest checkpoint of the run folder when there is one.
 
     On SIGTERM, or the first Ctrl-C of a single process, the current phase is finished, the rest of its step given up,
-    and the last whole step saved; after Ctrl-C this raises KeyboardInterrupt, unless that was the last step.
+    and the last whole step saved; then this raises Interrupted or KeyboardInterrupt, which says how to go on.
     `loaded.trained` is taken over when no reference shares it, and is then gone.
     """
     check_training(config)
@@ -111,9 +113,19 @@ def train(config: Config, loaded: LoadedEngine, client: TrackerClient | None) ->
     alone = jax.process_count() == 1
     with heed_sigterm(ctrl_c=alone) as interruption, closing(open_run()) as run, telling_others():
         state = run_steps(config, loaded, client, source, run, interruption)
-    if interruption.by_ctrl_c and int(state.step) < config.run.steps:
-        raise KeyboardInterrupt(f"step {int(state.step)} is saved: the same command goes on from there")
+        stopped = agree(interruption.requested)
+    if stopped:
+        raise (KeyboardInterrupt if interruption.by_ctrl_c else Interrupted)(how_to_go_on(int(state.step), config))
     return state
+
+
+def how_to_go_on(done: int, config: Config) -> str:
+    """For whoever has stopped a run behind its step `done`."""
+    if not done:
+        return "no step was finished: the same command starts anew"
+    if done < config.run.steps:
+        return f"step {done} is saved: the same command goes on from there"
+    return f"step {done}, the last, is saved"
 
 
 def await_tracker(client: TrackerClient, patience: float) -> dict[str, Any]:

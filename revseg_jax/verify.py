@@ -16,6 +16,7 @@ from revseg_jax.rollout.loading import load_engine
 from revseg_jax.run.determinism import use_deterministic_kernels
 from revseg_jax.run.digests import STAGES
 from revseg_jax.run.folder import read_records
+from revseg_jax.run.interruption import Interrupted
 from revseg_jax.run.manifest import changed_conditions, other_inputs
 from revseg_jax.train import tracker_client, train
 
@@ -36,11 +37,9 @@ def main(run: str, steps: int) -> None:
             use_deterministic_kernels()
         try:
             with tracker_client(config) if weights_from(config.rewards).mask > 0 else nullcontext() as client:
-                taken = int(train(config, load_engine(config), client).step)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("nothing was compared: verify starts anew") from None
-        if taken < steps:  # what was saved is gone with the folder
-            raise RunFailure(f"stopped after {taken} of {steps} steps, nothing was compared: verify starts anew")
+                train(config, load_engine(config), client)
+        except (KeyboardInterrupt, Interrupted) as stopped:  # what it says was saved is gone with the folder
+            raise type(stopped)("nothing was compared: verify starts anew") from None
         difference = first_difference(recorded[:steps], read_records(Path(again) / "digests.jsonl"))
         if difference:
             then, now = (json.loads((where / "run.json").read_text()) for where in (folder, Path(again)))

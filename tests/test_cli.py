@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import pytest
 from omegaconf import OmegaConf
 
+from revseg_jax import compile
 from revseg_jax import config as configuration
 from revseg_jax.cli import load, main, parser, spare_absent_chips
-from revseg_jax.config import load_config
+from revseg_jax.config import ChainConfig, check_training, load_config
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy, policy_digest, resolve_folder
@@ -173,7 +174,15 @@ def test_evaluation_speaks_as_the_policy_was_taught_but_for_what_is_named(tmp_pa
         return spoken_chain(load_config(paths, overrides), paths, overrides).chain
 
     assert chain([sidecars], []) == taught
-    assert chain([sidecars, frames], ["chain.fps=3"]) == dataclasses.replace(taught, frames=6, fps=3.0)
+    for given in (["chain.fps=3"], ["chain[fps]=3"], ["chain={fps: 3}"]):
+        assert chain([sidecars, frames], given) == dataclasses.replace(taught, frames=6, fps=3.0)
+
+
+def test_the_policys_own_chain_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compile, "main", lambda config, *_: compiled.append(config.chain))
+    main(["compile", "--topology", "v5e:2x2", "chain.frames=6"])
+    assert compiled == [dataclasses.replace(load_policy("embedded").chain, frames=6)] != [ChainConfig(frames=6)]
 
 
 def test_a_policys_digest_is_of_its_content(tmp_path):
@@ -235,7 +244,6 @@ def test_the_demo_speaks_as_the_embedded_policy_was_taught():
         ["learner.logprob_chunk=0"],
         ["rollout.group_size=0"],
         ["rollout.group_size=1"],
-        ["rewards.overlong_tokens=31"],
         ["rewards.format=0.25", "rewards.preset=paper_text"],
         ["rewards.temporal=-1"],
         ["rewards.preset=custom", "rewards.format=0", "rewards.temporal=0", "rewards.spatial=null", "rewards.mask=0"],
@@ -265,9 +273,9 @@ def test_impossible_settings_are_refused(overrides):
 
 def test_the_only_answer_alone_bounds_the_overlong_penalty():
     options = ["run.dir=somewhere", "chain.turns=1", "rewards.overlong_tokens=40"]
-    assert load_config(DEMO, options).rewards.overlong_tokens == 40  # of 46; a second answer would have 30
+    check_training(load_config(DEMO, options))  # of 46; a second answer would have 30
     with pytest.raises(InputError, match="rewards.overlong_tokens=47 .* limit 46"):
-        load_config(DEMO, [*options, "rewards.overlong_tokens=47"])
+        check_training(load_config(DEMO, [*options, "rewards.overlong_tokens=47"]))
 
 
 PRESETS = ("paper_text", "paper_curves", "dapo", "dr_grpo", "gspo", "ppo")

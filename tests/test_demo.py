@@ -13,7 +13,8 @@ from tracker_setup import until
 
 from revseg_jax import demo
 from revseg_jax.config import load_config
-from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.errors import InputError
+from revseg_jax.run.interruption import Interrupted
 
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=2", "run.steps=2", "tracker.threads=1"]
@@ -43,7 +44,7 @@ def test_a_stopped_demo_has_no_summary_and_the_same_command_goes_on(few_clips, t
 
     stopping = threading.Thread(target=stop_after_a_step)
     stopping.start()
-    with pytest.raises(RunFailure, match="the demo was stopped at step 1 of 2 .* goes on"):
+    with pytest.raises(Interrupted, match="step 1 is saved: the same command goes on"):
         demo.main(config_of(tmp_path))
     stopping.join()
     assert evaluations(tmp_path) == ["base"] and not (tmp_path / "summary.json").exists()

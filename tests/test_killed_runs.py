@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,12 +17,13 @@ import pytest
 
 from revseg_jax import export, verify
 from revseg_jax.config import load_config, to_yaml
-from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.rollout.loading import split_policy
 from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest
 from revseg_jax.run.digests import STAGES
 from revseg_jax.run.event_loops import waiting_event_loops
+from revseg_jax.run.interruption import Interrupted
 
 CONFIG = Path(__file__).parents[1] / "configs/demo.yaml"
 
@@ -140,7 +140,8 @@ def trains_to(monkeypatch):
 
     def train(config, loaded, client):
         (Path(config.run.dir) / "digests.jsonl").write_text(digest_lines(ends[-1]))
-        return types.SimpleNamespace(step=ends[-1])
+        if ends[-1] < config.run.steps:
+            raise Interrupted(f"step {ends[-1]} is saved")
 
     monkeypatch.setattr(verify, "load_engine", lambda config: None)
     monkeypatch.setattr(verify, "train", train)
@@ -159,6 +160,6 @@ def test_verify_that_is_stopped_does_not_say_that_steps_repeat(trains_to, tmp_pa
     folder = write_config(tmp_path / "run")
     (folder / "digests.jsonl").write_text(digest_lines(3))
     trains_to(1)
-    with pytest.raises(RunFailure, match="stopped after 1 of 3 steps"):
+    with pytest.raises(Interrupted, match="^nothing was compared: verify starts anew"):
         verify.main(str(folder), 3)
     assert capsys.readouterr().out == ""

@@ -21,6 +21,7 @@ from revseg_jax.errors import InputError
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.run.folder import check_same_settings
+from revseg_jax.run.interruption import Interrupted
 from revseg_jax.train import tracker_client
 
 MEASURES = set(
@@ -130,6 +131,21 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(clips, client, tmp_path, capf
     done = len(lines(folder / "metrics.jsonl"))
     assert str(interrupt.value) == f"step {done} is saved: the same command goes on from there"
     assert (folder / "checkpoints" / str(done)).is_dir() and done < 100
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
+@pytest.mark.parametrize(("step", "said"), [(0, "no step was finished: the same command starts anew"), (1, "the last")])
+def test_who_stops_it_at_its_ends_is_heard(clips, client, tmp_path, monkeypatch, step, said, number, raised):
+    """In the evaluation before the first step, and in that after the last."""
+    monkeypatch.setattr(
+        train, "evaluate_when_due", lambda *arguments: arguments[4] == step and signal.raise_signal(number)
+    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(raised, match=said):
+            run(clips, client, tmp_path / "run", 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_wrong_place_shows_before_anything_is_loaded(finished, clips, tmp_path):
