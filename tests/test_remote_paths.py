@@ -131,6 +131,11 @@ def test_a_run_lives_in_the_store_and_goes_on_from_another_machine(store, tmp_pa
         with pytest.raises(InputError, match="another config"):
             refuses("rollout.group_size=3")
     check_folder(run_config())
+    whole = {key: value for key, value in store.objects.items() if key.endswith("commit_success.txt")}
+    for key in whole:
+        del store.objects[key]  # as a run leaves it that was killed while it saved
+    check_folder(run_config("rollout.group_size=3"))
+    store.objects |= whole
 
 
 def test_a_damaged_checkpoint_in_the_store_is_set_aside(store, capsys):
