@@ -239,7 +239,18 @@ def test_collectives_between_slices_are_the_hosts():
     work = collective_of(line)
     assert (work.kind, work.slices, work.bytes) == ("all-reduce", 2, 208 * 8 * 128 * 4)
     assert collective_of(line.replace("{1,2}x", "{1:4}x").replace("ALL_REDUCE", "ALL_GATHER")).bytes == 4 * work.bytes
+    whole = '"{1,2}x{0:3}"'
+    pairs = collective_of(
+        line.replace(whole, "{{100000->200000},{200000->100000}}").replace("ALL_REDUCE", "ONE_TO_ONE")
+    )
+    assert (pairs.kind, pairs.slices, pairs.bytes) == ("collective-permute", 2, work.bytes)
+    groups = collective_of(line.replace(whole, "{{100000,100001,200000,200001},{1}}").replace("REDUCE", "TO_ALL"))
+    assert (groups.kind, groups.slices, groups.bytes) == ("all-to-all", 2, work.bytes)
+    for unknown in (line.replace("ALL_REDUCE", "SOME"), line.replace(whole, "all"), line.split(",_xla_megascale")[0]):
+        with pytest.raises(ValueError, match="unknown t.* between slices"):
+            collective_of(unknown)
     pod = Pod("v5e:2x2", CHIPS["v5e"], 197e12, tuple(np.ndindex(2, 2)) * 2, 2)
+    assert estimate([pairs], pod, lambda _: 0.0).collective_seconds == pytest.approx(work.bytes / 3.125e9)
     assert estimate([work], pod, lambda _: 0.0).collective_seconds == pytest.approx(work.bytes / 3.125e9)
 
 
