@@ -371,6 +371,14 @@ def test_the_tiny_update_compiles_for_a_small_slice():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1"])
+def test_a_chip_is_one_device(topology):
+    """Also one of two cores."""
+    done = compile_command("--config", "configs/demo.yaml", "--topology", topology, "mesh.fsdp=3")
+    assert done.returncode == 2 and "does not use the 4 devices" in done.stderr, done.stderr[-3000:]
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_the_tiny_step_compiles_for_a_small_slice():
     """All programs; the reference's pass computes what the model needs, and little more."""
