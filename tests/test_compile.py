@@ -224,9 +224,10 @@ def test_larger_groups_use_more_axes_and_other_slices_the_network():
     part = Pod("v5e:8x16", CHIPS["v5e"], 197e12, tuple(np.ndindex(8, 16)), 1)  # of an axis that does close
     assert part.collective_seconds("all-gather", size, tuple(range(8))) == pytest.approx(size * 7 / 8 / 4.5e10)
     assert part.collective_seconds("all-gather", size, tuple(range(16))) == pytest.approx(size * 15 / 16 / 9e10)
-    # Half of what 16 chips hold crosses the middle of their ring, by two links in either direction.
-    crossing = 16 / 2 * size / 2 / (2 * 4.5e10)
-    assert part.collective_seconds("all-to-all", size, tuple(range(16))) == pytest.approx(crossing)
+    # Half of what half of the chips hold crosses the middle of every row of an axis: rings have two, rows of 8 one.
+    for of, chips, links in ((part, 16, 2), (part, 128, 16), (pod, 16, 4 * 2), (pod, 64, 16 * 2)):
+        crossing = chips / 2 * size / 2 / (links * of.chip.link_rate)
+        assert of.collective_seconds("all-to-all", size, tuple(range(chips))) == pytest.approx(crossing)
 
 
 def test_collectives_between_slices_are_the_hosts():

@@ -86,32 +86,31 @@ class Pod:
             return 0.0
         per_slice = self.chips // self.slices
         apart = slices or max(group) // per_slice != min(group) // per_slice
-        switched = apart or math.isinf(self.chip.ring)
-        if apart:
-            rate = self.chip.network_rate
-        elif kind == "collective-permute":
-            rate = self.chip.link_rate
+        if apart or math.isinf(self.chip.ring):
+            axes = [(count, self.chip.network_rate if apart else self.chip.link_rate)]
         else:
-            rate = self._torus_rate(group)
+            axes = self._axes(group)
+            if kind.endswith("all-to-all"):
+                # Through the middle of axis i, in one direction: half of what half of the n chips hold, n * size / 4,
+                # over n / held_i rows of it at rate_i each. The axes work side by side.
+                return size / 4 * max(held / rate for held, rate in axes)
+        if kind == "collective-permute":
+            return size / (self.chip.network_rate if apart else self.chip.link_rate)
         share = size * (count - 1) / count
-        if kind == "all-reduce":
-            return 2 * share / rate
-        if kind.endswith("all-to-all") and not switched:  # what crosses the middle of a ring: half of all, both ways
-            return size * count / 4 / rate
-        return (size if kind == "collective-permute" else share) / rate
+        return (2 if kind == "all-reduce" else 1) * share / sum(rate for _, rate in axes)
 
-    def _torus_rate(self, group: tuple[int, ...]) -> float:
-        """Bytes/s into a chip of the group, over the axes along which its chips lie."""
+    def _axes(self, group: tuple[int, ...]) -> list[tuple[int, float]]:
+        """Of the axes of the torus along which the group's chips lie: how many places, and bytes/s into a chip."""
         sizes = [max(places) + 1 for places in zip(*self.coordinates, strict=True)]
         closed = [size % self.chip.ring == 0 for size in sizes]
         if sum(size > 1 for size in sizes) > 2 and not all(closed):
             closed = [False] * len(sizes)
-        rate = 0.0
+        found = []
         for axis, size in enumerate(sizes):
             held = len({self.coordinates[chip][axis] for chip in group})
             if held > 1:
-                rate += self.chip.link_rate * (2 if closed[axis] and held == size else 1)
-        return rate or self.chip.link_rate
+                found.append((held, self.chip.link_rate * (2 if closed[axis] and held == size else 1)))
+        return found or [(len(group), self.chip.link_rate)]
 
 
 @dataclass
