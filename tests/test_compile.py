@@ -230,6 +230,30 @@ def test_larger_groups_use_more_axes_and_other_slices_the_network():
         assert of.collective_seconds("all-to-all", size, tuple(range(chips))) == pytest.approx(crossing)
 
 
+def test_groups_that_lie_within_each_other_share_the_links():
+    """Every second chip, or every fourth: a step takes as many links, and each of them carries as many groups' data."""
+    size, ring = 1e9, Pod("v5e:16x16", CHIPS["v5e"], 197e12, tuple(np.ndindex(16, 16)), 1)
+    row = Pod("v5e:4x8", CHIPS["v5e"], 197e12, tuple(np.ndindex(4, 8)), 1)
+    for pod, group, rate in (
+        (row, (0, 2, 4, 6), 1 / 2),
+        (row, (1, 5), 1 / 4),
+        (ring, (0, 2, 4, 6), 1 / 2),  # not all the way around
+        (ring, (0, 4, 8, 12), 2 / 4),
+        (ring, (0, 8), 2 / 8),
+        (ring, (0, 15), 1),  # neighbours
+        (ring, tuple(range(0, 256, 2)), 2 + 2 / 2),
+    ):
+        share = size * (len(group) - 1) / len(group)
+        assert pod.collective_seconds("all-gather", size, group) == pytest.approx(share / (rate * 4.5e10))
+    for pod, pair, rate in (
+        (row, (0, 4), 1 / 4),
+        (ring, (15, 0), 1),
+        (ring, (0, 8), 2 / 8),
+        (ring, (0, 2 * 16 + 1), 1 / 2),
+    ):
+        assert pod.collective_seconds("collective-permute", size, pair) == pytest.approx(size / (rate * 4.5e10))
+
+
 def test_collectives_between_slices_are_the_hosts():
     """As libtpu writes them for two slices of four chips."""
     line = (

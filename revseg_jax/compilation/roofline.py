@@ -6,7 +6,8 @@ What the model assumes, and where it is too kind:
 - Arithmetic that is not a matrix product costs nothing beyond the memory it touches; latencies cost nothing.
 - Inside a fusion only operands and results touch the chip's memory.
 - A collective runs over the axes of the torus along which its group's chips lie, at the links' sustained rate, twice
-  that where they fill an axis that closes to a ring; all collectives run behind the arithmetic when they take less time
+  that where they go all around an axis that closes to a ring, and a part of that where groups lie within each other and
+  share the links; all collectives run behind the arithmetic when they take less time
   than it (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
 - A Pallas attention kernel computes whole blocks of its mask, at the peak rate, and cuDNN's what its mask shows.
 - Between the GPUs of a machine there is a switch: each has its whole rate to any other.
@@ -21,6 +22,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from revseg_jax.compilation.work import Work
 
@@ -95,7 +97,7 @@ class Pod:
                 # over n / held_i rows of it at rate_i each. The axes work side by side.
                 return size / 4 * max(held / rate for held, rate in axes)
         if kind == "collective-permute":
-            return size / (self.chip.network_rate if apart else self.chip.link_rate)
+            return size / min(rate for _, rate in axes)
         share = size * (count - 1) / count
         return (2 if kind == "all-reduce" else 1) * share / sum(rate for _, rate in axes)
 
@@ -107,9 +109,16 @@ class Pod:
             closed = [False] * len(sizes)
         found = []
         for axis, size in enumerate(sizes):
-            held = len({self.coordinates[chip][axis] for chip in group})
+            places = sorted({self.coordinates[chip][axis] for chip in group})
+            held = len(places)
             if held > 1:
-                found.append((held, self.chip.link_rate * (2 if closed[axis] and held == size else 1)))
+                gaps = [after - place for place, after in pairwise([*places, places[0] + size])]
+                span = size - max(gaps) if closed[axis] else places[-1] - places[0]
+                # Where other groups' chips lie between the group's own, each link carries what all of them send: as
+                # many as one step between two of its chips takes links.
+                step = span / (held - 1)
+                around = closed[axis] and held * step == size
+                found.append((held, self.chip.link_rate * (2 if around else 1) / step))
         return found or [(len(group), self.chip.link_rate)]
 
 
