@@ -288,6 +288,22 @@ def test_gpus_of_a_machine_are_joined_by_a_switch():
     assert pod.collective_seconds("all-gather", 1e9, (0, 8)) == pytest.approx(1e9 / 2 / 50e9)
 
 
+def test_collectives_of_several_machines_use_all_their_networks():
+    """Each of a machine's GPUs takes its part from the others' of its place, and they share what came."""
+    pod = Pod("h200:8", CHIPS["h200"], 989e12, tuple(np.ndindex(8)) * 4, 4)
+    everyone, four, size = tuple(range(32)), (0, 4, 8, 12), 1e9
+    gathered = size / 8 * 3 / 4 / 50e9 + size * 7 / 8 / 4.5e11
+    assert pod.collective_seconds("all-gather", size, everyone) == pytest.approx(gathered)
+    assert pod.collective_seconds("reduce-scatter", size, ()) == pytest.approx(gathered)
+    assert pod.collective_seconds("all-reduce", size, everyone) == pytest.approx(2 * gathered)
+    expected = size / 2 * 1 / 2 / 50e9 + size / 2 / 4.5e11
+    assert pod.collective_seconds("all-gather", size, four) == pytest.approx(expected)
+    # What each sends to each of the others has no copies: 24 of 32 are elsewhere, 7 here.
+    exchanged = size * 24 / 32 / 50e9 + size * 7 / 32 / 4.5e11
+    assert pod.collective_seconds("all-to-all", size, everyone) == pytest.approx(exchanged)
+    assert pod.collective_seconds("collective-permute", size, (7, 8)) == pytest.approx(size / 50e9)
+
+
 def test_kernels_compute_the_blocks_that_their_masks_show():
     """Prefix, suffixes and the vision tower; forward, and the two kernels of the backward pass."""
     config = load_config(ROOT / "configs/revseg_7b.yaml", ["run.dir=."])

@@ -10,7 +10,8 @@ What the model assumes, and where it is too kind:
   share the links; all collectives run behind the arithmetic when they take less time
   than it (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
 - A Pallas attention kernel computes whole blocks of its mask, at the peak rate, and cuDNN's what its mask shows.
-- Between the GPUs of a machine there is a switch: each has its whole rate to any other.
+- Between the GPUs of a machine there is a switch: each has its whole rate to any other. A collective of several
+  machines runs between them and then, not meanwhile, within each.
 - A loop whose length depends on the data (decoding) runs to its limit; a conditional takes its dearer branch (every
   rollout of a group chooses another keyframe).
 Nothing of this was measured on a TPU or a GPU.
@@ -83,13 +84,20 @@ class Pod:
         """size: bytes of the whole array on one chip, before a reduction or after a gathering. slices: between which it
         runs, when that is all that is known; 0: the group says."""
         group = group or tuple(range(self.chips))
+        machines = [chip // (self.chips // self.slices) for chip in group]  # or slices
+        apart = len(set(machines))
+        if apart > 1 and not slices:
+            # As NCCL does: chips of the same place in all machines exchange their parts, then those of a machine what
+            # came. What an all-to-all sends has one receiver, and is no part of what a whole machine wants.
+            near = tuple(chip for chip, machine in zip(group, machines, strict=True) if machine == machines[0])
+            own = kind.endswith("all-to-all")
+            between = self.collective_seconds(kind, size if own else size / len(near), group, apart)
+            return between + self.collective_seconds(kind, size / apart if own else size, near)
         count = slices or len(group)
         if count < 2:
             return 0.0
-        per_slice = self.chips // self.slices
-        apart = slices or max(group) // per_slice != min(group) // per_slice
-        if apart or math.isinf(self.chip.ring):
-            axes = [(count, self.chip.network_rate if apart else self.chip.link_rate)]
+        if slices or math.isinf(self.chip.ring):
+            axes = [(count, self.chip.network_rate if slices else self.chip.link_rate)]
         else:
             axes = self._axes(group)
             if kind.endswith("all-to-all"):
