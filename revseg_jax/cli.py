@@ -8,12 +8,15 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.parallel.device_memory import explain_full_memory
 from revseg_jax.paths import cache_folder, local_only
 from revseg_jax.run.interruption import Interrupted, ended_by_sigterm, swallowed_signals_sent_again
+
+# Files of an option: shells leave the ~ of --token-file=~/token alone.
+FILE, PEM = ({"type": os.path.expanduser, "metavar": name} for name in ("FILE", "PEM"))
+NAMED = {"type": os.path.expanduser, "default": "embedded"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -192,29 +195,29 @@ def parser() -> Parser:
     segment.add_argument("query", help='such as "which vehicle suits a family outing?"')
     segment.add_argument("--out", required=True, help="new folder for masks/, overlay.mp4 and trace.json")
     segment.add_argument("--policy", default="embedded", help="checkpoint folder in Hugging Face layout")
-    segment.add_argument("--tracker", default="embedded", help="SAM2 checkpoint")
-    segment.add_argument("--tracker-config", default="embedded", help="config of that checkpoint")
+    segment.add_argument("--tracker", **NAMED, help="SAM2 checkpoint")
+    segment.add_argument("--tracker-config", **NAMED, help="config of that checkpoint")
     segment.add_argument("--endpoint", action="append", default=[], help="host:port of a running sidecar")
-    segment.add_argument("--tls-ca", metavar="PEM", default="", help="the authority of that sidecar's certificate")
-    segment.add_argument("--token-file", metavar="FILE", default="", help="holds that sidecar's bearer token")
+    segment.add_argument("--tls-ca", **PEM, default="", help="the authority of that sidecar's certificate")
+    segment.add_argument("--token-file", **FILE, default="", help="holds that sidecar's bearer token")
 
     sidecar = command("sidecar", run_sidecar, "Serve SAM2 masks and mask rewards over gRPC.")
     sidecar.add_argument("--host", default="127.0.0.1")
     sidecar.add_argument("--port", type=int, default=50051, help="0 takes any free port")
-    sidecar.add_argument("--checkpoint", default="embedded")
-    sidecar.add_argument("--config", default="embedded")
+    sidecar.add_argument("--checkpoint", **NAMED)
+    sidecar.add_argument("--config", **NAMED)
     sidecar.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sidecar.add_argument("--threads", type=count, default=None)
-    sidecar.add_argument("--tls-certificate", metavar="PEM", help="serve TLS; with --check: the certificate to show")
-    sidecar.add_argument("--tls-key", metavar="PEM", help="key of that certificate")
-    sidecar.add_argument("--tls-client-ca", metavar="PEM", help="serve only clients with a certificate it signed")
-    sidecar.add_argument("--token-file", metavar="FILE", help="serve only calls with the bearer token in it")
+    sidecar.add_argument("--tls-certificate", **PEM, help="serve TLS; with --check: the certificate to show")
+    sidecar.add_argument("--tls-key", **PEM, help="key of that certificate")
+    sidecar.add_argument("--tls-client-ca", **PEM, help="serve only clients with a certificate it signed")
+    sidecar.add_argument("--token-file", **FILE, help="serve only calls with the bearer token in it")
     sidecar.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS or token")
     sidecar.add_argument("--feature-mebibytes", type=int, default=2048, help="of image features kept on the device")
     sidecar.add_argument("--host-feature-mebibytes", type=int, help="of those a GPU has no room for (default: 8192)")
     sidecar.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there")
     sidecar.add_argument("--check", action="store_true", help="exit 0 when a sidecar serves there, else 1")
-    sidecar.add_argument("--tls-ca", metavar="PEM", help="with --check: the authority of the sidecar's certificate")
+    sidecar.add_argument("--tls-ca", **PEM, help="with --check: the authority of the sidecar's certificate")
     sidecar.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # ends when that process is gone
 
     doctor = command("doctor", run_doctor, "Say what this machine has and what is missing, with the remedies.")
@@ -431,7 +434,7 @@ def run_make_assets(options: argparse.Namespace) -> None:
         from revseg_jax.pretraining.policy_training import named_stages
 
         stages = named_stages(options.stages)
-        start = Path(options.start) if options.start else None
+        start = local_only(options.start) if options.start else None
         make_policy(out, load_config(options.config), options.seed, stages, start)
     else:
         from revseg_jax.tracker.embedded_training import train_tracker

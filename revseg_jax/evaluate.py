@@ -18,7 +18,7 @@ from revseg_jax.evaluation.protocols import Row, rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
 from revseg_jax.evaluation.table import markdown, terminal
-from revseg_jax.paths import take_lock, write_whole
+from revseg_jax.paths import local_only, take_lock, write_whole
 from revseg_jax.policy.checkpoint import policy_digest
 from revseg_jax.rollout.loading import load_engine
 from revseg_jax.train import tracker_client
@@ -34,7 +34,7 @@ def main(config: Config, benchmarks: Sequence[str], out: str, sampled: bool = Fa
     results.md; a second call goes on where the first was stopped. workers: processes that score, 0 takes all cores.
     """
     data = find_data(list(config.data.test), list(benchmarks))
-    folder = Path(out)
+    folder = local_only(out)
     failures = _predict_all(config, data, folder, sampled)
 
     rows: list[Row] = []

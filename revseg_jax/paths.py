@@ -25,7 +25,8 @@ AnyPath = Path  # or an epath.Path: the methods used on either are the same
 def path_of(name: str | os.PathLike) -> AnyPath:
     """The path that a user's words name. Raises InputError for a gs:// path where its client is not installed."""
     if not is_remote(name):
-        return Path(name).expanduser()  # shells leave the ~ of run.dir=~/runs alone
+        # Shells leave the ~ of run.dir=~/runs alone; pathlib's own way fails for users that there are not.
+        return Path(os.path.expanduser(name))
     import fsspec
     from etils import epath
 

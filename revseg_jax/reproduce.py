@@ -16,7 +16,7 @@ from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.demo import DIFFICULTY
 from revseg_jax.errors import InputError
 from revseg_jax.evaluation.held_out import evaluate_policy
-from revseg_jax.paths import write_whole
+from revseg_jax.paths import local_only, write_whole
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.reproduction.results import Scores, markdown, summary, terminal
 from revseg_jax.reproduction.tables import TABLES, Cell, Table
@@ -45,7 +45,7 @@ def main(
     run's folder for every trained cell, each cell's scores, results.json and results.md. A second call keeps what is
     finished and goes on with an interrupted run from its checkpoint; with other settings it is an InputError.
     """
-    table, folder = TABLES[name], Path(out) / name
+    table, folder = TABLES[name], local_only(out) / name
 
     def configured(*more: str) -> Config:
         return load_config(configs, [*BUDGET, *table.overrides, *overrides, *more])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from revseg_jax.evaluation.benchmarks import find_data, get_benchmark, left_out
 from revseg_jax.evaluation.protocols import rows_of
 from revseg_jax.evaluation.scoring import score_benchmark
 from revseg_jax.evaluation.submission import write_submission
 from revseg_jax.evaluation.table import terminal
+from revseg_jax.paths import local_only
 
 
 def main(
@@ -20,8 +20,8 @@ def main(
     chosen = get_benchmark(benchmark)
     path = find_data(list(data), [benchmark])[benchmark]
     if submission is not None:
-        count = write_submission(chosen, path, Path(predictions), Path(submission))
+        count = write_submission(chosen, path, local_only(predictions), local_only(submission))
         print(f"{submission}: {count} files, all there, of the right size and grey")
         return
-    scores = score_benchmark(chosen, path, Path(predictions), workers)
+    scores = score_benchmark(chosen, path, local_only(predictions), workers)
     print(terminal(rows_of(chosen, scores, left_out(path, chosen.split))))

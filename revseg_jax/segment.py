@@ -26,6 +26,7 @@ from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.video import Video, open_video
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.overlay import draw, write_video
+from revseg_jax.paths import local_only
 from revseg_jax.policy.checkpoint import read_chain, resolve_folder
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import Prompt
@@ -71,7 +72,7 @@ def main(
         nonlocal lap_began
         timings[name], lap_began = round(time.monotonic() - lap_began, 3), time.monotonic()
 
-    with _new_folder(Path(out)) as folder:
+    with _new_folder(local_only(out)) as folder:
         # ---- Whatever can be wrong with the input shows before anything slow begins ----
         source = open_video(video, progress=True)
         lap("read")

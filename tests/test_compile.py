@@ -224,9 +224,34 @@ def test_larger_groups_use_more_axes_and_other_slices_the_network():
     part = Pod("v5e:8x16", CHIPS["v5e"], 197e12, tuple(np.ndindex(8, 16)), 1)  # of an axis that does close
     assert part.collective_seconds("all-gather", size, tuple(range(8))) == pytest.approx(size * 7 / 8 / 4.5e10)
     assert part.collective_seconds("all-gather", size, tuple(range(16))) == pytest.approx(size * 15 / 16 / 9e10)
-    # Half of what 16 chips hold crosses the middle of their ring, by two links in either direction.
-    crossing = 16 / 2 * size / 2 / (2 * 4.5e10)
-    assert part.collective_seconds("all-to-all", size, tuple(range(16))) == pytest.approx(crossing)
+    # Half of what half of the chips hold crosses the middle of every row of an axis: rings have two, rows of 8 one.
+    for of, chips, links in ((part, 16, 2), (part, 128, 16), (pod, 16, 4 * 2), (pod, 64, 16 * 2)):
+        crossing = chips / 2 * size / 2 / (links * of.chip.link_rate)
+        assert of.collective_seconds("all-to-all", size, tuple(range(chips))) == pytest.approx(crossing)
+
+
+def test_groups_that_lie_within_each_other_share_the_links():
+    """Every second chip, or every fourth: a step takes as many links, and each of them carries as many groups' data."""
+    size, ring = 1e9, Pod("v5e:16x16", CHIPS["v5e"], 197e12, tuple(np.ndindex(16, 16)), 1)
+    row = Pod("v5e:4x8", CHIPS["v5e"], 197e12, tuple(np.ndindex(4, 8)), 1)
+    for pod, group, rate in (
+        (row, (0, 2, 4, 6), 1 / 2),
+        (row, (1, 5), 1 / 4),
+        (ring, (0, 2, 4, 6), 1 / 2),  # not all the way around
+        (ring, (0, 4, 8, 12), 2 / 4),
+        (ring, (0, 8), 2 / 8),
+        (ring, (0, 15), 1),  # neighbours
+        (ring, tuple(range(0, 256, 2)), 2 + 2 / 2),
+    ):
+        share = size * (len(group) - 1) / len(group)
+        assert pod.collective_seconds("all-gather", size, group) == pytest.approx(share / (rate * 4.5e10))
+    for pod, pair, rate in (
+        (row, (0, 4), 1 / 4),
+        (ring, (15, 0), 1),
+        (ring, (0, 8), 2 / 8),
+        (ring, (0, 2 * 16 + 1), 1 / 2),
+    ):
+        assert pod.collective_seconds("collective-permute", size, pair) == pytest.approx(size / (rate * 4.5e10))
 
 
 def test_collectives_between_slices_are_the_hosts():
@@ -239,7 +264,18 @@ def test_collectives_between_slices_are_the_hosts():
     work = collective_of(line)
     assert (work.kind, work.slices, work.bytes) == ("all-reduce", 2, 208 * 8 * 128 * 4)
     assert collective_of(line.replace("{1,2}x", "{1:4}x").replace("ALL_REDUCE", "ALL_GATHER")).bytes == 4 * work.bytes
+    whole = '"{1,2}x{0:3}"'
+    pairs = collective_of(
+        line.replace(whole, "{{100000->200000},{200000->100000}}").replace("ALL_REDUCE", "ONE_TO_ONE")
+    )
+    assert (pairs.kind, pairs.slices, pairs.bytes) == ("collective-permute", 2, work.bytes)
+    groups = collective_of(line.replace(whole, "{{100000,100001,200000,200001},{1}}").replace("REDUCE", "TO_ALL"))
+    assert (groups.kind, groups.slices, groups.bytes) == ("all-to-all", 2, work.bytes)
+    for unknown in (line.replace("ALL_REDUCE", "SOME"), line.replace(whole, "all"), line.split(",_xla_megascale")[0]):
+        with pytest.raises(ValueError, match="unknown t.* between slices"):
+            collective_of(unknown)
     pod = Pod("v5e:2x2", CHIPS["v5e"], 197e12, tuple(np.ndindex(2, 2)) * 2, 2)
+    assert estimate([pairs], pod, lambda _: 0.0).collective_seconds == pytest.approx(work.bytes / 3.125e9)
     assert estimate([work], pod, lambda _: 0.0).collective_seconds == pytest.approx(work.bytes / 3.125e9)
 
 
@@ -250,6 +286,22 @@ def test_gpus_of_a_machine_are_joined_by_a_switch():
         expected = 1e9 * (len(group) - 1) / len(group) / 4.5e11
         assert pod.collective_seconds("all-gather", 1e9, group) == pytest.approx(expected)
     assert pod.collective_seconds("all-gather", 1e9, (0, 8)) == pytest.approx(1e9 / 2 / 50e9)
+
+
+def test_collectives_of_several_machines_use_all_their_networks():
+    """Each of a machine's GPUs takes its part from the others' of its place, and they share what came."""
+    pod = Pod("h200:8", CHIPS["h200"], 989e12, tuple(np.ndindex(8)) * 4, 4)
+    everyone, four, size = tuple(range(32)), (0, 4, 8, 12), 1e9
+    gathered = size / 8 * 3 / 4 / 50e9 + size * 7 / 8 / 4.5e11
+    assert pod.collective_seconds("all-gather", size, everyone) == pytest.approx(gathered)
+    assert pod.collective_seconds("reduce-scatter", size, ()) == pytest.approx(gathered)
+    assert pod.collective_seconds("all-reduce", size, everyone) == pytest.approx(2 * gathered)
+    expected = size / 2 * 1 / 2 / 50e9 + size / 2 / 4.5e11
+    assert pod.collective_seconds("all-gather", size, four) == pytest.approx(expected)
+    # What each sends to each of the others has no copies: 24 of 32 are elsewhere, 7 here.
+    exchanged = size * 24 / 32 / 50e9 + size * 7 / 32 / 4.5e11
+    assert pod.collective_seconds("all-to-all", size, everyone) == pytest.approx(exchanged)
+    assert pod.collective_seconds("collective-permute", size, (7, 8)) == pytest.approx(size / 50e9)
 
 
 def test_kernels_compute_the_blocks_that_their_masks_show():
@@ -357,6 +409,14 @@ def test_the_tiny_update_compiles_for_a_small_slice():
     # Two moments of what is trained; everything, the vision tower that is not, in half or quarters.
     assert memory["reference"] < memory["parameters"] < memory["optimizer"] < 3 * memory["reference"]
     assert memory["peak"] < memory["hbm"] == 16 * 2**30
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1"])
+def test_a_chip_is_one_device(topology):
+    """Also one of two cores."""
+    done = compile_command("--config", "configs/demo.yaml", "--topology", topology, "mesh.fsdp=3")
+    assert done.returncode == 2 and "does not use the 4 devices" in done.stderr, done.stderr[-3000:]
 
 
 @needs_libtpu

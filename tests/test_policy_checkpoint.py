@@ -351,6 +351,8 @@ def test_wrong_folders_are_one_clear_line(broken, tmp_path):
         ({"vision_config": None, "text_config": None}, "missing vision_config.hidden_size, rope_scaling.mrope_section"),
         ({"vision_config": {**config["vision_config"], "depth": "3"}}, "not whole numbers above 0: .*depth='3'"),
         ({"text_config": {**config["text_config"], "num_hidden_layers": 0}}, "not whole .*num_hidden_layers=0"),
+        ({"text_config": {**config["text_config"], "head_dim": 16.0}}, "not whole numbers above 0: head_dim=16.0"),
+        ({"text_config": {**config["text_config"], "head_dim": 0}}, "not whole numbers above 0: head_dim=0"),
         ({"image_token_id": 1.5}, "not whole numbers above 0: image_token_id=1.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "not supported: quantization_config.quant_method='awq'"),
         ({"vision_config": [1], "text_config": "7B"}, "not objects: text_config='7B', vision_config=.1."),

@@ -26,6 +26,7 @@ from revseg_jax.cli import main
 from revseg_jax.config import ChainConfig
 from revseg_jax.data import writer
 from revseg_jax.data.clip import decode_frame, decode_mask
+from revseg_jax.data.datasets import ref_youtube_vos
 from revseg_jax.data.datasets.masks import polygon_masks
 from revseg_jax.data.pipeline import training_steps
 from revseg_jax.data.prepare import VERSION, prepare
@@ -53,8 +54,9 @@ def test_ref_youtube_vos(tmp_path):
     assert (summary["videos"], summary["expressions"], summary["frames"], summary["objects"]) == (1, 12, 4, 2)
 
 
-def test_ref_youtube_vos_valid_without_a_list_of_test(tmp_path, capsys):
-    """Test's frames are not given away any more: a video without frames is one of them."""
+def test_ref_youtube_vos_valid_without_a_list_of_test(tmp_path, monkeypatch):
+    """Test's frames are not given away any more: a video without frames is one of them, if the others are as many as
+    valid has. Else some of valid may be lacking, or some of test there."""
 
     def tree(root: Path, frames: bool = False) -> Path:
         trees.ref_youtube_vos(root)
@@ -63,12 +65,15 @@ def test_ref_youtube_vos_valid_without_a_list_of_test(tmp_path, capsys):
             shutil.rmtree(root / "valid/JPEGImages/test")
         return root
 
-    _, clips, _ = prepared_clips("ref_youtube_vos", tree, tmp_path / "a", "valid", strict=True)
-    assert {clip.video_id for clip in clips} == {"val"}
-    assert "the valid split has 1 videos, and the server scores 202" in capsys.readouterr().err
-    _, clips, _ = prepared_clips("ref_youtube_vos", partial(tree, frames=True), tmp_path / "b", "valid")
-    assert {clip.video_id for clip in clips} == {"val", "test"}
-    assert "the valid split has 2 videos" in capsys.readouterr().err
+    for name, with_test, videos in (("a", False, {"val"}), ("b", True, {"val", "test"})):
+        content, clips, _ = prepared_clips("ref_youtube_vos", partial(tree, frames=with_test), tmp_path / name, "valid")
+        assert {clip.video_id for clip in clips} == videos
+        assert content["summary"]["valid"]["problems"] == {"split of another size": 1}
+    with pytest.raises(InputError, match="the valid split has 1 videos, and the server scores 202"):
+        prepared_clips("ref_youtube_vos", tree, tmp_path / "c", "valid", strict=True)
+    monkeypatch.setattr(ref_youtube_vos, "VALID_VIDEOS", 1)
+    content, clips, _ = prepared_clips("ref_youtube_vos", tree, tmp_path / "d", "valid", strict=True)
+    assert {clip.video_id for clip in clips} == {"val"} and content["summary"]["valid"]["problems"] == {}
 
 
 def test_ref_youtube_vos_valid_is_valid_without_test(tmp_path):

@@ -8,6 +8,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
+import dataset_trees
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from revseg_jax.config import Config, load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.evaluation.benchmarks import find_data
 from revseg_jax.paths import local_copy, local_only, path_of
 from revseg_jax.policy.checkpoint import load_policy
 from revseg_jax.run.digests import parameter_digest
@@ -90,10 +92,37 @@ def test_the_tilde_of_a_value_is_the_home_folder(tmp_path, monkeypatch):
     """Shells expand it only where a word begins."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path_of("~/runs/a") == local_only("~/runs/a") == tmp_path / "runs/a"
-    assert path_of("gs://b/~") != path_of("~") and path_of("a/~") == Path("a/~")
+    assert os.fspath(path_of("gs://b/~")) == "gs://b/~" and path_of("a/~") == Path("a/~")
+    assert path_of("~nobody-here/a") == Path("~nobody-here/a")
     config = load_config(None, ["run.dir=~/r", "data.train=[~/a,b]", "tracker.token_file=~/t", "policy.path=gs://b/~"])
     assert (config.run.dir, config.data.train) == (f"{tmp_path}/r", [f"{tmp_path}/a", "b"])
     assert (config.tracker.token_file, config.policy.path) == (f"{tmp_path}/t", "gs://b/~")
+
+
+def test_the_tilde_of_an_option_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    dataset_trees.ref_davis17(tmp_path / "in")
+    main(["prepare", "ref_davis17", "--source=~/in", "--out=~/out", "--workers=1"])
+    found = {"ref_davis17": tmp_path / "out"}
+    assert find_data(["~/out"], ["ref_davis17"]) == find_data(["~"], ["ref_davis17"]) == found
+    (tmp_path / "out/chain").mkdir()
+    (tmp_path / "out/chain/settings.json").write_text("{}")
+    capsys.readouterr()
+    for arguments, refusal in (
+        (["prepare", "ref_davis17", "--source=~/none", "--out=~/out"], "/none is not a folder"),
+        (["evaluate", "--data=~/out", "--out=~/out"], "/out is not empty and holds no evaluation"),
+        (["reproduce", "chain", "--out=~/out"], "/out/chain holds results with another"),
+        (["segment", "~/in/a.mp4", "which?", "--out=~/out"], "/out exists already"),
+        (["segment", "~/in/a.mp4", "which?", "--out=~/new"], "/in/a.mp4 cannot be opened"),
+        (["score", "~/none", "--benchmark=ref_davis17", "--data=~/out"], "/none"),
+        (["sidecar", "--token-file=~/none"], f"token file {tmp_path}/none cannot be read"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and refusal in said and str(tmp_path) in said
+    assert not list(tmp_path.glob("*~*"))
 
 
 def state_at(step: int) -> dict:

@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from tracker_setup import (
@@ -38,6 +41,7 @@ from revseg_jax.tracker.clips import Limits
 from revseg_jax.tracker.engine import CallerGone
 from revseg_jax.tracker.turns import TURNS_BEFORE_OTHERS, Turns
 from revseg_jax.tracker.upload import clip_upload
+from revseg_jax.tracker.wire import RETRY_KEY
 
 pytest_plugins = ["tracker_fixtures"]
 
@@ -89,6 +93,27 @@ def test_a_full_sidecar_says_when_to_come_back(serving, monkeypatch):
             assert second.info().max_calls == 1  # other answers cost no turn
         assert first.result(300).j == alone.j
         assert asked[0].result(300).j.shape == (1,)
+
+
+class Refusal(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode):
+        self.code, self.details = lambda: code, lambda: ""
+        self.trailing_metadata = lambda: ((RETRY_KEY, "10"),)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+def test_patience_begins_with_the_first_refusal(code):
+    """A clip may take longer than that to come, or a call to run until its sidecar is killed."""
+    answers = iter([Refusal(code), None])
+
+    def ask(endpoint: connection.Endpoint) -> str:
+        if refusal := next(answers):
+            time.sleep(0.5)
+            raise refusal
+        return "done"
+
+    with closing(connection.Connections(["127.0.0.1:1"], 0.4, None, None)) as connections:
+        assert connections.call(ask) == "done"
 
 
 def test_a_full_sidecar_is_left_for_one_that_has_room(serving):

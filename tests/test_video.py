@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from video_files import number, numbered, peak_growth, write, write_sound
 
 from revseg_jax.data.container import declared_size
+from revseg_jax.data.natural_order import natural
 from revseg_jax.data.video import open_video
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.overlay import draw, write_video
@@ -168,6 +169,11 @@ def test_a_folder_in_natural_order(tmp_path):
     assert (video.height, video.width) == (64, 128) and video.times[1] == pytest.approx(1 / 24)
     assert [(i, number(frame)) for i, frame in video.read([4, 2])] == [(2, 2), (4, 4)]
     assert open_video(str(tmp_path / "1.png")).height == 64  # a single image is a video of one frame
+
+
+def test_names_of_the_same_number_have_an_order():
+    wanted = ["a", "a01", "a1", "a001b", "a1b", "a2", "b"]
+    assert sorted(wanted, key=natural) == sorted(reversed(wanted), key=natural) == wanted
 
 
 def test_kinds_of_images(tmp_path):

@@ -177,6 +177,7 @@ def test_speed_follows_from_the_phases():
     assert "speed/mfu" not in metrics  # nobody knows a CPU's peak
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("TPU v5 lite") == 197e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA GB200") == 2500e12
+    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("NVIDIA H200 NVL") == 835e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA RTX A1000 Laptop GPU") is None
     assert peak_flops("TPU v5p") == 459e12 and peak_flops("cpu") is None
 

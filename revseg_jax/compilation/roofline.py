@@ -6,10 +6,12 @@ What the model assumes, and where it is too kind:
 - Arithmetic that is not a matrix product costs nothing beyond the memory it touches; latencies cost nothing.
 - Inside a fusion only operands and results touch the chip's memory.
 - A collective runs over the axes of the torus along which its group's chips lie, at the links' sustained rate, twice
-  that where they fill an axis that closes to a ring; all collectives run behind the arithmetic when they take less time
+  that where they go all around an axis that closes to a ring, and a part of that where groups lie within each other and
+  share the links; all collectives run behind the arithmetic when they take less time
   than it (`seconds`), or not at all (`seconds_without_overlap`). The truth lies between the two.
 - A Pallas attention kernel computes whole blocks of its mask, at the peak rate, and cuDNN's what its mask shows.
-- Between the GPUs of a machine there is a switch: each has its whole rate to any other.
+- Between the GPUs of a machine there is a switch: each has its whole rate to any other. A collective of several
+  machines runs between them and then, not meanwhile, within each.
 - A loop whose length depends on the data (decoding) runs to its limit; a conditional takes its dearer branch (every
   rollout of a group chooses another keyframe).
 Nothing of this was measured on a TPU or a GPU.
@@ -21,6 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from revseg_jax.compilation.work import Work
 
@@ -81,37 +84,50 @@ class Pod:
         """size: bytes of the whole array on one chip, before a reduction or after a gathering. slices: between which it
         runs, when that is all that is known; 0: the group says."""
         group = group or tuple(range(self.chips))
+        machines = [chip // (self.chips // self.slices) for chip in group]  # or slices
+        apart = len(set(machines))
+        if apart > 1 and not slices:
+            # As NCCL does: chips of the same place in all machines exchange their parts, then those of a machine what
+            # came. What an all-to-all sends has one receiver, and is no part of what a whole machine wants.
+            near = tuple(chip for chip, machine in zip(group, machines, strict=True) if machine == machines[0])
+            own = kind.endswith("all-to-all")
+            between = self.collective_seconds(kind, size if own else size / len(near), group, apart)
+            return between + self.collective_seconds(kind, size / apart if own else size, near)
         count = slices or len(group)
         if count < 2:
             return 0.0
-        per_slice = self.chips // self.slices
-        apart = slices or max(group) // per_slice != min(group) // per_slice
-        switched = apart or math.isinf(self.chip.ring)
-        if apart:
-            rate = self.chip.network_rate
-        elif kind == "collective-permute":
-            rate = self.chip.link_rate
+        if slices or math.isinf(self.chip.ring):
+            axes = [(count, self.chip.network_rate if slices else self.chip.link_rate)]
         else:
-            rate = self._torus_rate(group)
+            axes = self._axes(group)
+            if kind.endswith("all-to-all"):
+                # Through the middle of axis i, in one direction: half of what half of the n chips hold, n * size / 4,
+                # over n / held_i rows of it at rate_i each. The axes work side by side.
+                return size / 4 * max(held / rate for held, rate in axes)
+        if kind == "collective-permute":
+            return size / min(rate for _, rate in axes)
         share = size * (count - 1) / count
-        if kind == "all-reduce":
-            return 2 * share / rate
-        if kind.endswith("all-to-all") and not switched:  # what crosses the middle of a ring: half of all, both ways
-            return size * count / 4 / rate
-        return (size if kind == "collective-permute" else share) / rate
+        return (2 if kind == "all-reduce" else 1) * share / sum(rate for _, rate in axes)
 
-    def _torus_rate(self, group: tuple[int, ...]) -> float:
-        """Bytes/s into a chip of the group, over the axes along which its chips lie."""
+    def _axes(self, group: tuple[int, ...]) -> list[tuple[int, float]]:
+        """Of the axes of the torus along which the group's chips lie: how many places, and bytes/s into a chip."""
         sizes = [max(places) + 1 for places in zip(*self.coordinates, strict=True)]
         closed = [size % self.chip.ring == 0 for size in sizes]
         if sum(size > 1 for size in sizes) > 2 and not all(closed):
             closed = [False] * len(sizes)
-        rate = 0.0
+        found = []
         for axis, size in enumerate(sizes):
-            held = len({self.coordinates[chip][axis] for chip in group})
+            places = sorted({self.coordinates[chip][axis] for chip in group})
+            held = len(places)
             if held > 1:
-                rate += self.chip.link_rate * (2 if closed[axis] and held == size else 1)
-        return rate or self.chip.link_rate
+                gaps = [after - place for place, after in pairwise([*places, places[0] + size])]
+                span = size - max(gaps) if closed[axis] else places[-1] - places[0]
+                # Where other groups' chips lie between the group's own, each link carries what all of them send: as
+                # many as one step between two of its chips takes links.
+                step = span / (held - 1)
+                around = closed[axis] and held * step == size
+                found.append((held, self.chip.link_rate * (2 if around else 1) / step))
+        return found or [(len(group), self.chip.link_rate)]
 
 
 @dataclass

@@ -75,6 +75,7 @@ def describe(topology: str, slices: int) -> list[jax.Device]:
             raise InputError("compiling for TPUs needs libtpu: pip install 'revseg-jax[tpu]'")
         options = {"platform": "tpu", "topology_name": topology}
         options |= {"num_slices": slices} if slices > 1 else {}
+        options |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # both of a chip's cores as one device
     try:
         found = topologies.get_topology_desc(**options)
     except Exception as error:  # the plugins' own kinds

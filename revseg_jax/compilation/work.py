@@ -21,6 +21,13 @@ FREE = frozenset(
     domain async-done async-update copy-done send recv send-done recv-done
     """.split()
 )
+_TRANSFERS = {  # as libtpu calls collectives between slices
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+    "REDUCE_SCATTER": "reduce-scatter",
+}
 SLICING = ("dynamic-slice", "slice", "gather")
 
 
@@ -126,14 +133,27 @@ def _collective_work(computation: Computation, kind: str, instruction: Instructi
 
 
 def _between_slices(instruction: Instruction, times: float) -> Work | None:
-    """The collective between slices that a send begins: libtpu hands these to the host."""
-    said = re.search(r'megascale_target="\{([\d,:]+)\}.*megascale_transfer_type="(\w+)"', instruction.attributes)
-    if not said:
+    """The collective between slices that a send begins: libtpu hands these to the host. Raises ValueError."""
+    said = instruction.attributes
+    if "xla_megascale_runtime" not in said:
         return None
-    ends = [part.split(":") for part in said[1].split(",")]  # numbers, or ranges with both ends
-    kind, slices = said[2].lower().replace("_", "-"), sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    transfer = re.search(r'megascale_transfer_type="(\w+)"', said)
+    if not transfer or transfer[1] not in _TRANSFERS:
+        raise ValueError(f"unknown transfer between slices: {said[:80]}")
+    kind, slices = _TRANSFERS[transfer[1]], _slices(said.partition("megascale_target=")[2])
     moved = instruction.arrays[0].bytes * (slices if kind == "all-gather" else 1)
     return Work(kind, instruction.source, 0.0, moved, times, slices=slices)
+
+
+def _slices(target: str) -> int:
+    """Between how many slices a transfer runs. target: the slices and the chips of each of them, "{1,2}x{0:3}", or all
+    groups or pairs of chips, a chip's number being 100000 times its slice's and its own, {{100000->200000},...}."""
+    if quoted := re.match(r'"\{([\d,:]+)\}', target):
+        ends = [part.split(":") for part in quoted[1].split(",")]  # numbers, or ranges with both ends
+        return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    if listed := re.match(r"\{\{([\d,>-]+)\}", target):
+        return len({int(chip) // 100_000 for chip in re.findall(r"\d+", listed[1])})
+    raise ValueError(f"unknown target of a transfer between slices: {target[:80]}")
 
 
 def _fusion_work(program: Program, computation: Computation, instruction: Instruction, times: float) -> list[Work]:

@@ -14,6 +14,7 @@ from revseg_jax.data.datasets.listing import ListedVideo, Listing
 from revseg_jax.data.processes import cores
 from revseg_jax.data.writer import PROBLEMS, Built, Part, write_dataset
 from revseg_jax.errors import InputError
+from revseg_jax.paths import local_only
 
 VIDEOS_PER_PART = 8
 TRAIN = "train"
@@ -36,7 +37,7 @@ def prepare(
     """
     if dataset not in DATASETS:
         raise InputError(f"dataset {dataset} is not one of {', '.join(DATASETS)}, synthetic")
-    reader, source = DATASETS[dataset], Path(source)
+    reader, source = DATASETS[dataset], local_only(source)
     if not source.is_dir():
         raise InputError(f"--source {source} is not a folder")
     unknown = [split for split in splits if split not in reader.SPLITS]
@@ -48,7 +49,7 @@ def prepare(
             expected = reader.meta_file(source, reader.SPLITS[0])
             raise InputError(f"--source {source} does not look like {dataset}: {expected} is missing")
     settings = {"dataset": dataset, "version": VERSION, "source": str(source.resolve()), "splits": sorted(splits)}
-    listings = {split: _read(dataset, source, split) for split in splits} if not Path(out).exists() else {}
+    listings = {split: _read(dataset, source, split) for split in splits} if not local_only(out).exists() else {}
     return write_dataset(
         out,
         dataset,
@@ -104,5 +105,5 @@ def summary_text(prepared: dict[str, Any], out: str | Path) -> str:
     for split, summary in prepared["summary"].items():
         lines += [f"{split}: {count:,} x {cause}" for cause, count in summary["problems"].items()]
     if any(summary["problems"] for summary in prepared["summary"].values()):
-        lines.append(f"each one is named in {Path(out) / PROBLEMS}")
+        lines.append(f"each one is named in {local_only(out) / PROBLEMS}")
     return "\n".join([*lines, f"fingerprint {prepared['fingerprint']}", f"written to {out}"])

@@ -17,6 +17,7 @@ from revseg_jax.data.container import declared_size
 from revseg_jax.data.frames import upright
 from revseg_jax.data.natural_order import natural
 from revseg_jax.errors import InputError, RunFailure
+from revseg_jax.paths import local_only
 
 IMAGES = (".jpg", ".jpeg", ".png")
 Orientation = tuple[bool, bool, bool]
@@ -87,7 +88,7 @@ def open_video(path: str | Path, progress: bool = False) -> Video:
     Raises InputError in one line: nothing there, not a video, no video stream, no frames, a file that is truncated or
     damaged (with the number of frames that can be read), an image that cannot be read, frames of several sizes.
     """
-    path = Path(path)
+    path = local_only(path)
     try:
         path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from revseg_jax.data.prepared import MARKER, read_prepared
 from revseg_jax.errors import InputError
+from revseg_jax.paths import local_only
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def find_data(folders: list[str], names: list[str]) -> dict[str, Path]:
     data in two of them.
     """
     places: dict[Path, Path] = {}  # by where they really are: a folder that is named twice is one
-    for folder in map(Path, folders):
+    for folder in map(local_only, folders):
         inner = [] if (folder / MARKER).exists() else sorted(path.parent for path in folder.glob(f"*/{MARKER}"))
         places |= {path.resolve(): path for path in inner or [folder]}
     prepared: dict[tuple[str, str], list[Path]] = defaultdict(list)

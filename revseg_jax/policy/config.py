@@ -142,7 +142,7 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     unsupported = [f"{key}={value!r}" for key, (value, allowed) in supported.items() if value not in allowed]
     if unsupported:
         raise InputError(f"{where}: not supported: {', '.join(unsupported)}")
-    sizes = [(key, text_raw[key]) for key in TEXT_DEFAULTS if key not in REALS]
+    sizes = [(key, text_raw[key]) for key in (*TEXT_DEFAULTS, "head_dim") if key in text_raw and key not in REALS]
     sizes += [
         (f"vision_config.{key}", vision_raw[key]) for key in ("hidden_size", *VISION_DEFAULTS) if key not in REALS
     ]
@@ -157,7 +157,7 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     heads, sections = text_raw["num_attention_heads"], rope["mrope_section"]
     if not isinstance(sections, list | tuple) or len(sections) != 3 or any(type(part) is not int for part in sections):
         raise InputError(f"{where}: mrope_section={sections!r} is not three whole numbers")
-    head_dim = text_raw.get("head_dim") or text_raw["hidden_size"] // heads
+    head_dim = text_raw.get("head_dim", text_raw["hidden_size"] // heads)
     if 2 * sum(sections) != head_dim:
         raise InputError(f"{where}: mrope_section {list(sections)} does not add up to half of a head's {head_dim}")
     text = TextConfig(

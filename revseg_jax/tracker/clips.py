@@ -211,9 +211,13 @@ class ClipStore:
             return self._clips[clip_id]
 
     @contextmanager
-    def room(self) -> Iterator[Callable[[int], None]]:
-        """For a clip that is being put: what is given takes bytes of it as they come, for which held clips go. It
-        raises Full when those of all such clips together would be more than the limit."""
+    def room(self) -> Iterator[tuple[Callable[[int], None], Callable[[Clip], Clip]]]:
+        """For a clip that is being put: (take, put).
+
+        take: is given bytes of it as they come, for which held clips go. It raises Full when those of all such clips
+        together would be more than the limit. put: keeps the clip (or the equal one held already), evicts others until
+        the limits hold and returns it.
+        """
         taken = 0
 
         def take(size: int) -> None:
@@ -224,19 +228,20 @@ class ClipStore:
                 self._coming, taken = self._coming + size, taken + size
                 self._evict()
 
+        def put(clip: Clip) -> Clip:
+            nonlocal taken
+            with self._lock:  # in one go from coming to held: in between its room would be another's, and it evicted
+                self._coming, taken = self._coming - taken, 0
+                clip = self._clips.setdefault(clip.clip_id, clip)
+                self._clips.move_to_end(clip.clip_id)
+                self._evict()
+                return clip
+
         try:
-            yield take
+            yield take, put
         finally:
             with self._lock:
                 self._coming -= taken
-
-    def put(self, clip: Clip) -> Clip:
-        """Keeps the clip (or the equal one held already) and evicts others until the limits hold."""
-        with self._lock:
-            clip = self._clips.setdefault(clip.clip_id, clip)
-            self._clips.move_to_end(clip.clip_id)
-            self._evict()
-            return clip
 
     def add_truth(self, clip: Clip, truth_id: str, counts: Sequence[bytes]) -> None:
         """`Clip.add_truth`, then evicts other clips until the limits hold."""

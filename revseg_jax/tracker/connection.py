@@ -117,11 +117,12 @@ class Connections:
         self._closed = threading.Event()
 
     def call(self, ask: Callable[[Endpoint], Answer], upload: Upload | None = None) -> Answer:
-        """Asks the clip's endpoint, the others when it is away, and again until patience is over (SidecarAway).
+        """Asks the clip's endpoint, the others when it is away, and again until patience is over (SidecarAway). That is
+        counted from the first refusal: a clip may have been on its way, or a call running, for long before.
 
         When one fails at the call (it is out of memory, or too slow for the deadline), another is asked, once.
         """
-        began, pause, evictions, elsewhere = time.monotonic(), FIRST_PAUSE_SECONDS, 0, len(self.endpoints) > 1
+        refused, pause, evictions, elsewhere = 0.0, FIRST_PAUSE_SECONDS, 0, len(self.endpoints) > 1
         failed: set[Endpoint] = set()  # since all were tried last
         full: set[Endpoint] = set()  # have been so at this call
         while True:
@@ -161,8 +162,9 @@ class Connections:
                 full.add(endpoint)
             known = any(other.answered for other in self.endpoints)
             patience = self.patience_seconds if known else min(FIRST_CONTACT_SECONDS, self.patience_seconds)
-            if time.monotonic() - began + wait > patience:
-                raise SidecarAway(self._nobody(time.monotonic() - began, endpoint, last))
+            refused = refused or time.monotonic()
+            if time.monotonic() - refused + wait > patience:
+                raise SidecarAway(self._nobody(time.monotonic() - refused, endpoint, last))
             self._closed.wait(wait)
 
     def close(self) -> None:

@@ -83,11 +83,11 @@ class TrackerService(tracker_pb2_grpc.TrackerServicer):
             clip_id, truth_id = _name(header, "clip_id", needed=False), _name(header, "truth_id", needed=False)
             record["clip"] = clip_id
             sizes = header.height, header.width, header.encoding, header.frame_height, header.frame_width
-            with self.store.room() as take:
+            with self.store.room() as (take, put):
                 writer = ClipWriter(*sizes, self.limits, take)
                 counts = self._receive(requests, writer)
-            if not writer.empty:
-                clip_id = record["clip"] = self.store.put(writer.close(clip_id)).clip_id
+                if not writer.empty:
+                    clip_id = record["clip"] = put(writer.close(clip_id)).clip_id
             try:
                 clip = self.store.get(clip_id)
             except ClipNotHeld:
