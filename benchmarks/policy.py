@@ -7,8 +7,8 @@ Random weights, written into --folder first (default: a temporary one). Every si
 peak memory is its own; they take turns, and a ratio compares the medians of the same rounds. On a GPU both sides use
 it, with TF32 in float32 matmuls on both, and peak memory is the GPU's as each side's allocator counts it; `mfu` divides
 by the fastest matmul of the same type measured there. Prints one JSON object; a side that did not run is listed in
-`failed`, its error above. `--loading` loads the checkpoint in a fresh process and reports by how much its peak memory
-exceeded what the parameters take.
+`failed`, its error above. `--loading` loads the checkpoint in a fresh process and reports its peak memory, on a CPU also
+by how much that exceeded what the parameters take.
 """
 
 from __future__ import annotations
@@ -287,8 +287,10 @@ def load_once(folder: Path, dtype: str) -> None:
     held = sum(leaf.nbytes for leaf in leaves)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     numbers = {"stored_bytes": stored, "parameter_bytes": held, "seconds": seconds, "peak_bytes": memory("VmHWM")}
-    over = numbers["peak_bytes"] - held
-    print(json.dumps({**numbers, "before_bytes": before, "peak_over_parameters_gib": over / 2**30}))
+    numbers |= {"before_bytes": before}
+    if jax.default_backend() == "cpu":  # elsewhere the parameters are not in this process's memory
+        numbers |= {"peak_over_parameters_gib": (numbers["peak_bytes"] - held) / 2**30}
+    print(json.dumps(numbers))
 
 
 def main() -> None:

@@ -214,7 +214,9 @@ def load(options: argparse.Namespace) -> tuple[dict, bool]:
                 latencies.append(time.monotonic() - start)
 
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w") as log:
-        command = [sys.executable, "-m", "revseg_jax.cli", "sidecar", "--port=0", "--metrics-port=0", "--threads=1"]
+        # On the CPU, where the features are part of what is resident.
+        command = [sys.executable, "-m", "revseg_jax.cli", "sidecar", "--device=cpu", "--threads=1"]
+        command += ["--port=0", "--metrics-port=0"]
         sidecar = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             port = sidecar.stdout.readline().rpartition(":")[2].strip()

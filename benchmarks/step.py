@@ -10,8 +10,8 @@ Decoding is compared with the memory's speed (a step reads the decoder's weights
 suffixes hold by then), the update with the speed of products of the policy's type; both limits are measured here. The
 whole step is extrapolated to the paper's 128 prompts, beside its 725 s (on hardware that it does not name).
 
-On one GPU of 140 GB: `rollout.prompts_per_step=8 rollout.prompts_per_batch=8 learner.prompts_per_microbatch=1`, and for
-the 7B `learner.reference=bfloat16` or `host`.
+On one GPU of 140 GB: `rollout.prompts_per_step=8 rollout.prompts_per_batch=8 learner.prompts_per_microbatch=1`; the 7B
+needs at least two.
 """
 
 from __future__ import annotations

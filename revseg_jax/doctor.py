@@ -93,6 +93,10 @@ def devices(has_gpu: bool, has_tpu: bool) -> Iterator[Finding]:
         if there and not any(importlib.util.find_spec(name) for name in modules):
             remedy = f"pip install 'revseg-jax[{extra}]' (that is jax[{'cuda13' if extra == 'cuda' else extra}])"
             yield Finding(f"jax for {chip}", f"this machine has a {chip}, but JAX cannot use it", remedy)
+    if has_gpu and version("nvidia-cudnn-cu12") and version("nvidia-cudnn-cu13"):  # torch brings the latter
+        words = "nvidia-cudnn-cu12 and nvidia-cudnn-cu13 are both installed, and each overwrites files of the other"
+        remedy = "pip uninstall jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12, then pip install --force-reinstall"
+        yield Finding("cudnn", words, f"{remedy} --no-deps nvidia-cudnn-cu13, and 'jax[cuda13]'")
     import jax
 
     try:

@@ -24,6 +24,7 @@ from revseg_jax.learner.update import TrainState, make_learner
 from revseg_jax.parallel.processes import (
     agree,
     failing_together,
+    first_gpu,
     gather,
     leads,
     telling_others,
@@ -62,8 +63,9 @@ from revseg_jax.tracker.process import open_tracker
 
 
 def tracker_client(config: Config) -> AbstractContextManager[TrackerClient]:
-    """A client of the configured sidecars, or of one started here for as long as the block lasts."""
-    return open_tracker(config.tracker)
+    """A client of the configured sidecars, or of one started here for as long as the block lasts. Of several processes
+    each starts one, on a GPU of its own."""
+    return open_tracker(config.tracker, first_gpu() or "auto")
 
 
 def main(config: Config) -> None:

@@ -49,7 +49,10 @@ def test_chips_that_jax_cannot_use(monkeypatch):
     found = missing(doctor.devices(has_gpu=True, has_tpu=True))
     assert "revseg-jax[tpu]" in found["jax for TPU"] and "jax[cuda13]" in found["jax for NVIDIA GPU"]
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "version", lambda name: None if name == "nvidia-cudnn-cu12" else "9")
     assert missing(doctor.devices(has_gpu=True, has_tpu=False)).keys() == {"devices"}
+    monkeypatch.setattr(doctor, "version", lambda name: "9")
+    assert missing(doctor.devices(has_gpu=True, has_tpu=False)).keys() == {"cudnn", "devices"}
 
 
 def test_packages_that_are_absent(monkeypatch):

@@ -1,9 +1,15 @@
 """The mesh, the table of axes, and two processes over loopback that share rows, agree, and end together."""
 
 import signal
+from types import SimpleNamespace
 
+import jax
 import pytest
 from child_processes import run_two
+
+from revseg_jax import train
+from revseg_jax.config import load_config
+from revseg_jax.parallel.processes import first_gpu
 
 CHILD = """
 import os, signal, sys
@@ -52,6 +58,18 @@ with failing_together():
     else:
         gather("a collective that the other never enters")
 """
+
+
+def test_each_of_several_processes_has_a_sidecar_on_its_own_gpu(monkeypatch):
+    assert first_gpu() is None
+    devices = []
+    monkeypatch.setattr(train, "open_tracker", lambda config, device: devices.append(device))
+    for processes, backend in ((1, "gpu"), (2, "cpu"), (2, "gpu")):
+        monkeypatch.setattr(jax, "process_count", lambda count=processes: count)
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(local_hardware_id=3)])
+        train.tracker_client(load_config(None, ["run.dir=."]))
+    assert devices == ["auto", "auto", "cuda:3"]
 
 
 def test_two_processes_hold_rows_and_agree():

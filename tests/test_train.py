@@ -172,7 +172,7 @@ def test_what_a_continued_run_may_have_otherwise(finished, clips, tmp_path):
         check_same_settings(tmp_path / "run", load_config(CONFIG, [f"run.dir={tmp_path / 'run'}", *options]))
 
     sizes = ["rollout.prompts_per_batch=2", "learner.prompts_per_microbatch=1", "learner.logprob_chunk=64"]
-    check(f"data.train=[{clips}/.]")  # what is in it is compared, not what it is called
+    check("data.train=[/elsewhere]", "data.workers=2")  # what is in it is compared, not what it is called
     check(*sizes, "policy.remat=full", "run.evaluate_every=2", f"data.test=[{clips}]", "data.test_clips=1")
     with pytest.raises(InputError, match="learner.learning_rate"):
         check("learner.learning_rate=1")

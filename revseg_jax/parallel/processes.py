@@ -33,6 +33,13 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def first_gpu() -> str | None:
+    """Of several processes on GPUs, the first that this one has, as torch calls it on this machine; else None."""
+    if jax.process_count() == 1 or jax.default_backend() != "gpu":
+        return None
+    return f"cuda:{jax.local_devices()[0].local_hardware_id}"
+
+
 def gather(thing: Thing) -> list[Thing]:
     """What every process gave, in their order. All processes must call it; anything that pickles."""
     if jax.process_count() == 1:

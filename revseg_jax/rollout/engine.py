@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding
 from revseg_jax.chain.geometry import box_to_original
 from revseg_jax.chain.parsing import Turn1, Turn2, parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.data.frames import decode_square
+from revseg_jax.data.processes import cores
 from revseg_jax.parallel.rows import own_rows, place_rows
 from revseg_jax.parallel.sharding import Placement, constrain, tree_shardings
 from revseg_jax.policy.model import Policy, PrefixTokens
@@ -219,11 +221,14 @@ class RolloutEngine:
         side = self.encoder.chain.keyframe_size
         images = np.zeros((len(prompts), len(turns[0]), side, side, 3), np.uint8)
         index = np.full(images.shape[:2], -1, np.int32)
+        jpegs = {}  # by the prompt and the slot of the image
         for b, (prompt, row) in enumerate(zip(prompts, turns, strict=True)):
             chosen = list(dict.fromkeys(turn.frame_idx for turn in row if turn is not None))
-            for slot, frame in enumerate(chosen):
-                images[b, slot] = decode_square(prompt.jpegs[frame], side)
+            jpegs |= {(b, slot): prompt.jpegs[frame] for slot, frame in enumerate(chosen)}
             index[b] = [chosen.index(turn.frame_idx) if turn is not None else -1 for turn in row]
+        with ThreadPoolExecutor(cores()) as pool:  # the devices wait for them, and Pillow lets go of the GIL
+            for place, image in zip(jpegs, pool.map(partial(decode_square, size=side), jpegs.values()), strict=True):
+                images[place] = image
         return images, index
 
 

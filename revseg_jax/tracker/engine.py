@@ -63,7 +63,9 @@ class Engine:
         """Compiles the image encoder on blank frames, which takes minutes. Returns why it could not be, or None."""
         try:
             with torch.inference_mode(), self._autocast():
-                self._encode(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))
+                # Twice: what SAM2 makes of an image size at its first image it then looks up, by another program.
+                for _ in range(2):
+                    self._encode(np.zeros((1, self.image_size, self.image_size, 3), np.uint8))
         except Exception as error:  # no C compiler here, a GPU it does not know: torch has no common class for these
             if not self.compiled:
                 raise

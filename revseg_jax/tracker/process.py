@@ -20,9 +20,9 @@ STOP_SECONDS = 70.0  # a little more than the sidecar takes to drain
 
 
 @contextmanager
-def open_tracker(config: TrackerConfig) -> Iterator[TrackerClient]:
-    """A client of the configured sidecars, or of one started here for as long as the block lasts."""
-    started = run_sidecar(config.checkpoint, config.config, threads=config.threads or None)
+def open_tracker(config: TrackerConfig, device: str = "auto") -> Iterator[TrackerClient]:
+    """A client of the configured sidecars, or of one started here, on `device`, for as long as the block lasts."""
+    started = run_sidecar(config.checkpoint, config.config, device, config.threads or None)
     with nullcontext() if config.endpoints else started as endpoint:
         token, tls = credentials(config) if config.endpoints else (None, None)
         endpoints = config.endpoints or [endpoint]
