@@ -7,8 +7,8 @@ Random weights, written into --folder first (default: a temporary one). Every si
 peak memory is its own; they take turns, and a ratio compares the medians of the same rounds. On a GPU both sides use
 it, with TF32 in float32 matmuls on both, and peak memory is the GPU's as each side's allocator counts it; `mfu` divides
 by the fastest matmul of the same type measured there. Prints one JSON object; a side that did not run is listed in
-`failed`, its error above. `--loading` loads the checkpoint in a fresh process and reports its peak memory, on a CPU also
-by how much that exceeded what the parameters take.
+`failed`, its error above. `--loading` loads the checkpoint in a fresh process and reports its peak memory; on a CPU, by
+how much that exceeded what the parameters take.
 """
 
 from __future__ import annotations

@@ -291,9 +291,10 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=options.data))
     from revseg_jax import evaluate
-    from revseg_jax.rollout.loading import spoken_chain
+    from revseg_jax.rollout.loading import spoken_chain, with_inference_dtypes
 
-    config = spoken_chain(config, options.config or [], options.overrides)
+    given = options.config or [], options.overrides
+    config = with_inference_dtypes(spoken_chain(config, *given), *given)
     evaluate.main(config, options.benchmarks.split(","), options.out, options.sampled, options.workers)
 
 

@@ -67,7 +67,9 @@ def _predict_all(config: Config, data: dict[str, Path], folder: Path, sampled: b
     with lock, tracker_client(config) as client:
         settings = _check_settings(folder, settings | {"tracker": client.info().model})
         loaded = load_engine(config)
-        engine, params = loaded.engine if sampled else loaded.greedy, (loaded.trained, loaded.frozen)
+        engine = loaded.engine if sampled else loaded.greedy
+        params = engine.weights((loaded.trained, loaded.frozen))
+        del loaded
         write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         for name, path in data.items():
             failures[name] = predict(BENCHMARKS[name], path, folder / name, engine, params, client, config.run.seed)

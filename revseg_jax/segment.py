@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from revseg_jax.paths import local_only
 from revseg_jax.policy.checkpoint import read_chain, resolve_folder
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import Prompt
-from revseg_jax.rollout.loading import LoadedEngine, load_engine
+from revseg_jax.rollout.loading import LoadedEngine, inference_dtype, load_engine
 from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import Prompt as TrackerPrompt
 from revseg_jax.tracker.client import TrackerClient, description
@@ -153,7 +152,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def _load_policy(path: str) -> LoadedEngine:
     chain = read_chain(resolve_folder(path)) or ChainConfig()
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = inference_dtype()
     # One prompt cannot be spread over devices; the policy's parameters can.
     config = Config(policy=PolicyConfig(path, dtype, dtype), chain=chain, mesh=MeshConfig(data=1, fsdp=1, tensor=-1))
     check(config)

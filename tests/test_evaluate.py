@@ -23,10 +23,12 @@ from revseg_jax.chain.parsing import parse_one_turn, parse_turn1, parse_turn2
 from revseg_jax.cli import main
 from revseg_jax.config import load_config
 from revseg_jax.data.clip import decode_mask
+from revseg_jax.data.example import make_example
 from revseg_jax.data.prepare import prepare
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.errors import InputError
+from revseg_jax.evaluation import chains as evaluation_chains
 from revseg_jax.evaluation import held_out
 from revseg_jax.evaluation import predict as prediction
 from revseg_jax.evaluation.benchmarks import BENCHMARKS, find_data
@@ -34,7 +36,7 @@ from revseg_jax.evaluation.chains import answers, failure_cause
 from revseg_jax.rewards.total import RolloutReward
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
-from revseg_jax.rollout.loading import load_engine, spoken_chain
+from revseg_jax.rollout.loading import load_engine, spoken_chain, with_inference_dtypes
 
 GOOD = '<think>a</think><answer>[{"frame_idx": 1, "object description": "it"}]</answer>'
 
@@ -92,6 +94,36 @@ def test_evaluation_samples_with_weights_made_for_it(clips, monkeypatch):
     source, chain = ClipSource([clips], "test"), loaded.engine.encoder.chain
     list(answers(loaded.greedy, (loaded.trained, loaded.frozen), source, [0], chain))
     assert types == {jnp.dtype("bfloat16")}
+
+
+def test_pairs_are_answered_in_batches_of_one_size(clips, monkeypatch):
+    engine = load_engine(load_config(None, ["run.dir=."])).greedy
+    monkeypatch.setattr(evaluation_chains, "BATCH", 2)
+    monkeypatch.setattr(RolloutEngine, "weights", lambda engine, params: params)
+    monkeypatch.setattr(
+        RolloutEngine, "sample", lambda engine, params, prompts, keys: (None, [[prompt] for prompt in prompts])
+    )
+    source, chain = ClipSource([clips], "test"), engine.encoder.chain
+    answered = list(answers(engine, None, source, [1, 2, 0], chain))
+    assert [(len(found), len(batch), len(rows)) for found, batch, rows in answered] == [(2, 2, 2), (1, 2, 1)]
+    found = [pair for clips, _, rows in answered for pair in zip(clips, rows, strict=True)]
+    for (clip, prompt), pair in zip(found, (1, 2, 0), strict=True):
+        expected = make_example(source[pair], pair, chain)
+        assert clip.query == prompt.query == source[pair].query
+        np.testing.assert_array_equal(prompt.frames, expected.frames)
+
+
+def test_a_policy_that_is_not_trained_computes_in_the_devices_own_type(monkeypatch):
+    def dtypes(*overrides):
+        config = load_config(None, ["run.dir=.", *overrides])
+        policy = with_inference_dtypes(config, [], overrides).policy
+        return policy.dtype, policy.param_dtype
+
+    assert dtypes() == ("float32", "float32")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert dtypes() == ("bfloat16", "bfloat16")
+    assert dtypes("policy.dtype=float32") == ("float32", "float32")
+    assert dtypes("policy.param_dtype=float32") == ("bfloat16", "float32")
 
 
 @pytest.fixture(scope="module")

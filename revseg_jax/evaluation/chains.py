@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 from revseg_jax.chain.parsing import holds_object
 from revseg_jax.config import ChainConfig
 from revseg_jax.data.clip import Clip
-from revseg_jax.data.example import Batch, make_example, stack
+from revseg_jax.data.example import Batch, Example, make_example, stack
+from revseg_jax.data.processes import cores
 from revseg_jax.data.source import ClipSource
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
@@ -28,14 +29,23 @@ def answers(
 ) -> Iterator[tuple[list[Clip], Batch, list[Rollout]]]:
     """One chain for each chosen pair of the source. What is drawn depends on the seed and the pair only."""
     params = engine.weights(params)
-    for start in range(0, len(chosen), BATCH):
-        indices = [int(i) for i in chosen[start : start + BATCH]]
-        # The last batch is filled up, so that one compiled program serves all.
-        filled = indices + indices[:1] * (BATCH - len(indices))
-        clips = [source[i] for i in filled]
-        batch = stack([make_example(clip, i, chain) for i, clip in zip(filled, clips, strict=True)])
-        _, chains = engine.sample(params, prompts_of(batch), rollout_keys(seed, 0, batch.index, 1))
-        yield clips[: len(indices)], batch, [row[0] for row in chains[: len(indices)]]
+    with ThreadPoolExecutor(cores()) as pool:
+
+        def begin(start: int) -> tuple[list[Clip], list[Future[Example]]]:
+            indices = [int(i) for i in chosen[start : start + BATCH]]
+            clips = [source[i] for i in indices]
+            return clips, [pool.submit(make_example, clip, i, chain) for clip, i in zip(clips, indices, strict=True)]
+
+        # Frames of the next batch are decoded while this one is answered.
+        begun = map(begin, range(0, len(chosen), BATCH))
+        coming = next(begun, None)
+        while coming is not None:
+            (clips, examples), coming = coming, next(begun, None)
+            made = [example.result() for example in examples]
+            # The last batch is filled up, so that one compiled program serves all.
+            batch = stack(made + made[:1] * (BATCH - len(made)))
+            _, chains = engine.sample(params, prompts_of(batch), rollout_keys(seed, 0, batch.index, 1))
+            yield clips, batch, [row[0] for row in chains[: len(clips)]]
 
 
 def tracker_prompts(clips: list[Clip], batch: Batch, chains: list[Rollout]) -> list[tuple[Clip, Prompt | None]]:

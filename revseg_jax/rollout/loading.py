@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from revseg_jax.chain.prompts import validate_templates
@@ -51,6 +52,20 @@ def spoken_chain(config: Config, paths: Sequence[str], overrides: Sequence[str])
     config = replace(config, chain=replace(spoken, **changed))
     check(config)
     return config
+
+
+def inference_dtype() -> str:
+    """What a policy that is not trained computes in, where nobody says otherwise."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def with_inference_dtypes(config: Config, paths: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The config with `inference_dtype` and parameters of the policy's own type, but for what the YAML files and
+    overrides name."""
+    named, policy = named_fields("policy", paths, overrides), config.policy
+    dtype = policy.dtype if "dtype" in named else inference_dtype()
+    param_dtype = policy.param_dtype if "param_dtype" in named else dtype
+    return replace(config, policy=replace(policy, dtype=dtype, param_dtype=param_dtype))
 
 
 def load_engine(config: Config, chain: ChainConfig | None = None) -> LoadedEngine:
