@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from revseg_jax.rollout.sampling import rollout_keys
 from revseg_jax.tracker.client import Prompt, TrackerClient
 
 BATCH = 16  # prompts sampled together
+Thing = TypeVar("Thing")
 
 
 def answers(
@@ -46,6 +47,15 @@ def answers(
             batch = stack(made + made[:1] * (BATCH - len(made)))
             _, chains = engine.sample(params, prompts_of(batch), rollout_keys(seed, 0, batch.index, 1))
             yield clips, batch, [row[0] for row in chains[: len(clips)]]
+
+
+def one_behind(items: Iterator[Thing]) -> Iterator[Thing]:
+    """Each item when the next one has come: what was begun for it in threads goes on while that one is made."""
+    held: list[Thing] = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held
 
 
 def tracker_prompts(clips: list[Clip], batch: Batch, chains: list[Rollout]) -> list[tuple[Clip, Prompt | None]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice, starmap
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +17,7 @@ from revseg_jax.config import Config
 from revseg_jax.data.clip import Clip, decode_mask, encode_mask
 from revseg_jax.data.example import Batch
 from revseg_jax.data.source import ClipSource
-from revseg_jax.evaluation.chains import answers, track, tracker_prompts, tracking_threads
+from revseg_jax.evaluation.chains import answers, one_behind, track, tracker_prompts, tracking_threads
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.parallel.processes import agree, leads
 from revseg_jax.parallel.rows import gather_shares, process_share
@@ -24,7 +27,7 @@ from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.rollout.layout import PromptEncoder
 from revseg_jax.rollout.traces import trace_record
-from revseg_jax.tracker.client import TrackerClient
+from revseg_jax.tracker.client import Prompt, TrackerClient
 from revseg_jax.tracker.connection import SidecarAway
 
 THUMBNAILS = 8  # frames shown of a chain in the report
@@ -94,16 +97,23 @@ def evaluate_policy(
     scored: list[Scored] = []
     away: str | None = None
     bar = tqdm(total=len(own), desc=f"evaluate {label}", unit="chain", disable=not leads() or None)
+
+    def track_and_score(batch: Batch, b: int, clip: Clip, prompt: Prompt | None, rollout: Rollout) -> Scored:
+        masks = track(client, clip, prompt) if client else None
+        pictures = THUMBNAILS * int(batch.index[b] in illustrated)
+        return _score(config, engine.encoder, clip, batch, b, rollout, masks, label, pictures)
+
+    def begin(clips: list[Clip], batch: Batch, chains: list[Rollout]) -> Iterator[Scored]:
+        if away:
+            return iter(())  # the other processes sample with this one
+        prompts = [prompt for _, prompt in tracker_prompts(clips, batch, chains)]
+        return pool.map(partial(track_and_score, batch), range(len(clips)), clips, prompts, chains)
+
     with tracking_threads(client) as pool:
-        for clips, batch, chains in answers(engine, params, source, filled, config.chain):
-            if away:
-                continue  # the other processes sample with this one
-            tracked = pool.map(lambda pair: track(client, *pair), tracker_prompts(clips, batch, chains))
+        for scores in one_behind(starmap(begin, answers(engine, params, source, filled, config.chain))):
             try:
-                for b, masks in zip(range(min(len(clips), len(own) - len(scored))), tracked, strict=False):
-                    pictures = THUMBNAILS * int(batch.index[b] in illustrated)
-                    parts = clips[b], batch, b, chains[b], masks if client else None
-                    scored.append(_score(config, engine.encoder, *parts, label, pictures))
+                for score in islice(scores, len(own) - len(scored)):
+                    scored.append(score)
                     bar.update()
             except SidecarAway as error:
                 if jax.process_count() == 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from revseg_jax.data.clip import Clip, decode_mask
+from revseg_jax.data.example import Batch
 from revseg_jax.data.prepared import read_prepared
 from revseg_jax.data.source import ClipSource
 from revseg_jax.evaluation.benchmarks import Benchmark
-from revseg_jax.evaluation.chains import answers, failure_cause, track, tracker_prompts, tracking_threads
+from revseg_jax.evaluation.chains import answers, failure_cause, one_behind, track, tracker_prompts, tracking_threads
 from revseg_jax.evaluation.metrics import contour_accuracy, region_similarity
 from revseg_jax.evaluation.predictions import clear_partial, prediction_folder, write_prediction
 from revseg_jax.paths import write_whole
+from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.tracker.client import Prompt, TrackerClient
 
@@ -55,10 +59,14 @@ def predict(
     write_whole(folder / CHAINS, "".join(json.dumps(record) + "\n" for record in records.values()))
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=f"predict {benchmark.name}", unit="chain")
     with bar, open(folder / CHAINS, "a") as log, tracking_threads(client) as pool:
-        for clips, batch, chains in answers(engine, params, source, todo, engine.encoder.chain, seed):
+
+        def begin(clips: list[Clip], batch: Batch, chains: list[Rollout]) -> Iterator:
             prompts = tracker_prompts(clips, batch, chains)
-            scores = pool.map(partial(_track_and_write, client, root, truth), prompts)
-            for (clip, prompt), rollout, jf in zip(prompts, chains, scores, strict=True):
+            return zip(prompts, chains, pool.map(partial(_track_and_write, client, root, truth), prompts), strict=True)
+
+        answered = answers(engine, params, source, todo, engine.encoder.chain, seed)
+        for begun in one_behind(starmap(begin, answered)):
+            for (clip, prompt), rollout, jf in begun:
                 record = {
                     "video": clip.video_id,
                     "expression": clip.expression_id,
