@@ -124,13 +124,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(clips, client, tmp_path, capf
     try:
         threading.Thread(target=press).start()
         with pytest.raises(KeyboardInterrupt) as interrupt:
-            run(clips, client, folder, 1000)
+            run(clips, client, folder, 3)
     finally:
         signal.signal(signal.SIGINT, before)
     assert "Ctrl-C again stops at once" in capfd.readouterr().err
     done = len(lines(folder / "metrics.jsonl"))
     assert str(interrupt.value) == f"step {done} is saved: the same command goes on from there"
-    assert (folder / "checkpoints" / str(done)).is_dir() and done < 100
+    assert (folder / "checkpoints" / str(done)).is_dir() and done < 3
+    assert int(run(clips, client, folder, 3).step) == 3
+    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
