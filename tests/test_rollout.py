@@ -1,10 +1,12 @@
 """The two-turn engine against whole conversations, the trainer's numbers and NumPy."""
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from revseg_jax.chain.prompts import conversation_text
 from revseg_jax.config import LearnerConfig, load_config
-from revseg_jax.data.frames import decode_frame, encode_frame, resize_square
+from revseg_jax.data.frames import decode_frame, decode_square, encode_frame, resize_square
 from revseg_jax.data.sampling import sample_frames
 from revseg_jax.data.synthetic import render
 from revseg_jax.errors import InputError
@@ -342,6 +344,23 @@ def test_keyframes_are_those_the_rollouts_chose(loaded, sampled):
             if rollout.turn1.ok:
                 expected = resize_square(decode_frame(prompts[b].jpegs[rollout.turn1.frame_idx]), 168)
                 np.testing.assert_array_equal(batch.keyframes[b, batch.keyframe_index[b, g]], expected)
+
+
+def test_keyframes_are_decoded_by_several_threads(loaded, sampled, monkeypatch):
+    prompts, batch, chains = sampled
+    meeting, calls = threading.Barrier(2, timeout=30), itertools.count()
+
+    def decode(jpeg: bytes, size: int) -> np.ndarray:
+        if next(calls) < 2:  # neither of the first two goes on without the other
+            meeting.wait()
+        return decode_square(jpeg, size)
+
+    monkeypatch.setattr(phases, "cores", lambda: 2)
+    monkeypatch.setattr(phases, "decode_square", decode)
+    turns = [[rollout.turn1 if rollout.turn1.ok else None for rollout in row] for row in chains]
+    images, index = loaded.engine._keyframes(prompts, turns)
+    np.testing.assert_array_equal(images, batch.keyframes)
+    np.testing.assert_array_equal(index, batch.keyframe_index)
 
 
 def test_draws_are_those_of_jax_random_categorical():
