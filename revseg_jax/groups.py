@@ -16,7 +16,7 @@ from revseg_jax.parallel.rows import same_in_share
 from revseg_jax.parallel.sharding import Placement
 from revseg_jax.rewards.scoring import PendingRewards, collect_rewards, request_rewards
 from revseg_jax.rewards.total import RolloutReward
-from revseg_jax.rollout.batch import RolloutBatch, concatenate
+from revseg_jax.rollout.batch import RolloutBatch, join
 from revseg_jax.rollout.chains import Rollout
 from revseg_jax.rollout.engine import RolloutEngine
 from revseg_jax.rollout.loading import prompts_of
@@ -69,9 +69,9 @@ def sample_groups(
     # Of several processes each has its share of every part.
     size = len(batch) * (config.rollout.prompts_per_batch or prompts_per_step) // prompts_per_step
     prompts, order, parts, decoded = prompts_of(batch), by_length(batch), [], []
+    together = [order[begin : begin + size] for begin in range(0, len(batch), size)]
     pending: dict[int, PendingRewards] = {}
-    for begin in range(0, len(batch), size):
-        rows = order[begin : begin + size]
+    for rows in together:
         arrays, chains = engine.sample(params, [prompts[row] for row in rows], keys[rows])
         parts.append(arrays)
         for row, group in zip(rows.tolist(), chains, strict=True):
@@ -79,8 +79,7 @@ def sample_groups(
         flat = [chain for row in chains for chain in row]
         longest = max(chain.tokens1 for chain in flat), max(chain.tokens2 for chain in flat)
         decoded.append(Decoded(len(flat), longest, sum(chain.tokens for chain in flat)))
-    rollouts = RolloutBatch(*(array[np.argsort(order)] for array in concatenate(parts)))
-    return Groups(batch, rollouts, [pending[row] for row in range(len(batch))], decoded)
+    return Groups(batch, join(parts, together), [pending[row] for row in range(len(batch))], decoded)
 
 
 def by_length(batch: Batch) -> np.ndarray:

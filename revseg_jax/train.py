@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from revseg_jax.config import Config, check_training
 from revseg_jax.data.pipeline import Batch, training_steps
+from revseg_jax.data.processes import cores
 from revseg_jax.data.source import ClipSource
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.groups import Groups, replace_groups_without_spread, sample_groups
@@ -296,14 +298,16 @@ def step_digests(
     """One digest for each of `revseg_jax.run.digests.STAGES`. Those of data, tokens and rewards are made of the rows'
     digests, so that they mean the same for any number of processes."""
     batch, rollouts = groups.batch, groups.rollouts
-    rows = [
-        {
+
+    def of_row(b: int) -> dict[str, str]:
+        return {
             "data": digest([batch.index[b], batch.video_id[b], batch.query[b], batch.frames[b]]),
             "tokens": digest([rollouts.tokens[b], rollouts.mask[b]]),
-            "rewards": digest([row]),
+            "rewards": digest([rewards[b]]),
         }
-        for b, row in enumerate(rewards)
-    ]
+
+    with ThreadPoolExecutor(cores()) as pool:  # hashing lets go of the GIL
+        rows = list(pool.map(of_row, range(len(rewards))))
     everything = [row for part in gather_shares(placement, rows) for row in part]
     found = {stage: digest(row[stage] for row in everything) for stage in rows[0]}
     update = {name: value for name, value in metrics.items() if name.startswith("learner/")}

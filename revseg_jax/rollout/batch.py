@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,14 @@ class RolloutBatch(NamedTuple):
     logprobs: Array
 
 
-def concatenate(batches: list[RolloutBatch]) -> RolloutBatch:
-    """Joins batches of the same run along the prompts."""
-    return batches[0] if len(batches) == 1 else RolloutBatch(*map(np.concatenate, zip(*batches, strict=True)))
+def join(parts: Sequence[RolloutBatch], rows: Sequence[np.ndarray]) -> RolloutBatch:
+    """One batch of the rows of several, on the host. rows: int [B of the part] for each part, where its rows go.
+
+    Images are gigabytes: each goes to its place at once (`concatenate` and an order take ten times as long).
+    """
+    count = sum(map(len, rows))
+    whole = RolloutBatch(*(np.empty((count, *array.shape[1:]), array.dtype) for array in parts[0]))
+    for part, places in zip(parts, rows, strict=True):
+        for target, array in zip(whole, part, strict=True):
+            target[places] = array
+    return whole

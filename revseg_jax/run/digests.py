@@ -19,7 +19,7 @@ def digest(parts: Iterable[Any]) -> str:
         if isinstance(part, np.ndarray | jax.Array):
             array = np.asarray(part)
             total.update(f"{array.dtype}{array.shape}".encode())
-            total.update(np.ascontiguousarray(array).tobytes())
+            total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         else:
             total.update(repr(part).encode())
     return total.hexdigest()[:16]
