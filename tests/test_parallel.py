@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from child_processes import run_two
+from jax._src import distributed
 
 from revseg_jax import train
 from revseg_jax.config import load_config
@@ -64,8 +65,8 @@ def test_each_of_several_processes_has_a_sidecar_on_its_own_gpu(monkeypatch):
     assert first_gpu() is None
     devices = []
     monkeypatch.setattr(train, "open_tracker", lambda config, device: devices.append(device))
-    for processes, backend in ((1, "gpu"), (2, "cpu"), (2, "gpu")):
-        monkeypatch.setattr(jax, "process_count", lambda count=processes: count)
+    for joined, backend in ((None, "gpu"), ("joined", "cpu"), ("joined", "gpu")):
+        monkeypatch.setattr(distributed.global_state, "client", joined)
         monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
         monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(local_hardware_id=3)])
         train.tracker_client(load_config(None, ["run.dir=."]))

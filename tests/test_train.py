@@ -135,8 +135,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(clips, client, tmp_path, capf
     assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
-@pytest.mark.parametrize(("step", "said"), [(0, "no step was finished: the same command starts anew"), (1, "the last")])
+@pytest.mark.parametrize(
+    ("step", "said", "number", "raised"),
+    [
+        (0, "no step was finished: the same command starts anew", signal.SIGTERM, Interrupted),
+        (1, "step 1, the last, is saved", signal.SIGTERM, Interrupted),
+        (1, "step 1, the last, is saved", signal.SIGINT, KeyboardInterrupt),
+    ],
+)
 def test_who_stops_it_at_its_ends_is_heard(clips, client, tmp_path, monkeypatch, step, said, number, raised):
     """In the evaluation before the first step, and in that after the last."""
     monkeypatch.setattr(

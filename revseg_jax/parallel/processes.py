@@ -35,7 +35,8 @@ def leads() -> bool:
 
 def first_gpu() -> str | None:
     """Of several processes on GPUs, the first that this one has, as torch calls it on this machine; else None."""
-    if jax.process_count() == 1 or jax.default_backend() != "gpu":
+    # A process by itself may have no use for JAX: asked for its devices, JAX would take three quarters of a GPU.
+    if _client() is None or jax.default_backend() != "gpu":
         return None
     return f"cuda:{jax.local_devices()[0].local_hardware_id}"
 
