@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from revseg_jax.config import Config
+from revseg_jax.config import Config, check_training
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import REVERSED, prepare_synthetic
 from revseg_jax.errors import InputError
@@ -27,6 +27,7 @@ TERMS = ("j", "f", "format", "temporal", "spatial", "mask", "turns")
 def main(config: Config) -> None:
     """Runs everything into `run.dir`, which must be new or hold a demo that was stopped, and prints the table and the
     summary."""
+    check_training(config)  # before the base policy is evaluated for minutes
     begin = time.perf_counter()
     folder = Path(config.run.dir)
     clips = folder / "clips"

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import nnx
 
-from revseg_jax.config import Config, load_config
+from revseg_jax.config import Config, check_training, load_config
 from revseg_jax.data.source import ClipSource
 from revseg_jax.data.synthetic_builder import prepare_synthetic
 from revseg_jax.demo import DIFFICULTY
@@ -51,6 +51,7 @@ def main(
         return load_config(configs, [*BUDGET, *table.overrides, *overrides, *more])
 
     base = configured(f"run.dir={folder}")
+    check_training(base)
     scores: Scores = {cell.name: {} for cell in table.cells}
     settings = settings_of(base, clips)
     check_settings(folder, settings)  # what needs no tracker is refused before one is started

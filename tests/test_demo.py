@@ -37,6 +37,9 @@ def evaluations(folder: Path) -> list[str]:
 def test_a_stopped_demo_has_no_summary_and_the_same_command_goes_on(few_clips, tmp_path, capsys):
     metrics = tmp_path / "metrics.jsonl"
     assert not demo.was_stopped(tmp_path, config_of(tmp_path))
+    with pytest.raises(InputError, match="overlong_tokens=400 must not be above"):
+        demo.main(config_of(tmp_path, "rewards.overlong_tokens=400"))
+    assert not any(tmp_path.iterdir())
 
     def stop_after_a_step():
         until(lambda: metrics.exists() and metrics.read_text())

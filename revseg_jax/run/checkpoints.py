@@ -50,10 +50,10 @@ def best_steps(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
     return sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step), reverse=True)
 
 
-def saved_steps(folder: AnyPath) -> list[int]:
-    """The steps of the whole checkpoints in a folder, which need not exist."""
-    there = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else ()
-    return sorted(int(path.name) for path in there if ocp.utils.is_checkpoint_finalized(epath.Path(path)))
+def holds_checkpoint(folder: AnyPath) -> bool:
+    """Whether a whole checkpoint lies in a folder, which need not exist."""
+    there = (path for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else ()
+    return any(ocp.utils.is_checkpoint_finalized(epath.Path(path)) for path in there)
 
 
 # What Orbax raises for files that are missing, cut short or garbled; TensorStore's errors are ValueErrors.

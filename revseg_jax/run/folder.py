@@ -20,7 +20,7 @@ from revseg_jax.config import Config, load_config, to_yaml
 from revseg_jax.data.prepared import MARKER
 from revseg_jax.errors import InputError, RunFailure
 from revseg_jax.paths import AnyPath, is_remote, path_of, take_lock, write_whole
-from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest, saved_steps
+from revseg_jax.run.checkpoints import Checkpoints, NewestAndBest, holds_checkpoint
 from revseg_jax.run.manifest import changed_conditions, manifest, other_inputs, with_known_tracker
 from revseg_jax.run.metrics_writer import MetricsWriter, append_line
 from revseg_jax.run.mirror import Mirror
@@ -198,7 +198,7 @@ def check_folder(config: Config) -> None:
         raise InputError(f"run.dir={config.run.dir} is a file: choose a folder")
     if (folder / MARKER).exists():
         raise InputError(f"run.dir={config.run.dir} is a prepared dataset: choose another folder for the run")
-    if saved_steps(folder / "checkpoints") and (folder / "config.yaml").exists():
+    if holds_checkpoint(folder / "checkpoints") and (folder / "config.yaml").exists():
         check_same_settings(folder, config)
 
 
